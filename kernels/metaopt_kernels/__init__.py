@@ -1,0 +1,1 @@
+"""Triton kernels (none yet; see docs/architecture.md)."""

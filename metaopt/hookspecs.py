@@ -1,0 +1,84 @@
+"""What a plugin can add to metaopt: the platform's table of contents.
+
+A plugin is a module named by an entry point of the group ``metaopt``. It implements any of these hooks with
+``@metaopt.hookimpl``; each returns light `Spec` records whose ``factory`` is a string, so that listing imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+hookspec = pluggy.HookspecMarker("metaopt")
+hookimpl = pluggy.HookimplMarker("metaopt")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One thing that a plugin offers.
+
+    Attributes:
+        name: unique among its kind; what users type.
+        factory: ``"package.module:attribute"``, imported when first used; called with ``defaults`` and the user's arguments.
+        summary: one line.
+        tags: for filtering, such as ``("elementwise",)``.
+        paper: reference with year.
+        defaults: keyword arguments that this name adds to the factory.
+        extra: the ``pip install 'torch-metaopt[extra]'`` that its imports need, if any.
+    """
+
+    name: str
+    factory: str
+    summary: str = ""
+    tags: tuple[str, ...] = ()
+    paper: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    extra: str = ""
+
+
+@hookspec
+def metaopt_optimizers() -> list[Spec]:  # type: ignore[empty-body]
+    """Hand-designed update rules: factories give an `metaopt.rule.UpdateRule`."""
+
+
+@hookspec
+def metaopt_learned_optimizers() -> list[Spec]:  # type: ignore[empty-body]
+    """Learned optimizers: factories give a `metaopt.learned.LearnedRule`."""
+
+
+@hookspec
+def metaopt_tasks() -> list[Spec]:  # type: ignore[empty-body]
+    """Workloads: factories take ``device`` and give a `metaopt.task.Task` or `metaopt.task.TaskFamily`."""
+
+
+@hookspec
+def metaopt_data_sources() -> list[Spec]:  # type: ignore[empty-body]
+    """Data sets: factories take ``device`` and give ``{"train": Split, "valid": Split, "test": Split}``."""
+
+
+@hookspec
+def metaopt_objectives() -> list[Spec]:  # type: ignore[empty-body]
+    """Losses: factories give ``loss(prediction, target) -> per-example loss``."""
+
+
+@hookspec
+def metaopt_estimators() -> list[Spec]:  # type: ignore[empty-body]
+    """Meta-gradient estimators: factories give a `metaopt.meta.estimator.GradientEstimator`."""
+
+
+@hookspec
+def metaopt_unroll_backends() -> list[Spec]:  # type: ignore[empty-body]
+    """Ways to run K inner steps at once: factories wrap the vectorised step function of `metaopt.unroll`."""
+
+
+@hookspec
+def metaopt_proposers() -> list[Spec]:  # type: ignore[empty-body]
+    """Sources of candidates for a search."""
+
+
+@hookspec
+def metaopt_exporters() -> list[Spec]:  # type: ignore[empty-body]
+    """Ways to write a rule as a file that needs only torch: factories give ``write(rule, name, path)``."""

@@ -1,0 +1,64 @@
+"""The contract of a learned optimizer: a rule with meta-parameters theta."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Generator, Tensor
+
+from metaopt.rule import Context, Declared, HyperValues, ParamInfo, Params, State, UpdateRule
+
+Theta = dict[str, Tensor]
+"""Meta-parameters, flat. Under ES every tensor has a leading copy dimension; under backpropagation it requires grad."""
+
+
+class LearnedRule(Declared):
+    """An update rule whose numbers are learned; ``bind(theta)`` makes an `UpdateRule` of it."""
+
+    needs_loss = False
+    needs_horizon = False
+
+    @abstractmethod
+    def init_theta(self, generator: Generator) -> Theta:
+        """Fresh meta-parameters (float32, CPU), determined by the generator."""
+
+    @abstractmethod
+    def init(self, params: Params, info: Mapping[str, ParamInfo], theta: Theta) -> State:
+        """As `UpdateRule.init`."""
+
+    @abstractmethod
+    def update(
+        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
+    ) -> tuple[Params, State]:
+        """As `UpdateRule.update`, with ``theta`` of one copy; pure, vmap-safe, differentiable in theta."""
+
+    def bind(self, theta: Theta) -> BoundRule:
+        """This rule with these meta-parameters, usable wherever a rule is."""
+        return BoundRule(self, theta)
+
+
+class BoundRule(UpdateRule, eq=False):
+    """A learned rule and its theta; all consumers of rules take one."""
+
+    learned: LearnedRule
+    theta: Theta
+
+    def init(self, params: Params, info: Mapping[str, ParamInfo]) -> State:
+        """The learned rule's initial state."""
+        return self.learned.init(params, info, self.theta)
+
+    def update(
+        self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
+    ) -> tuple[Params, State]:
+        """The learned rule's step with this theta."""
+        return self.learned.update(self.theta, grads, state, params, hp, ctx)
+
+    def requirements(self) -> set[str]:
+        """What the learned rule needs."""
+        return {what for what in ("loss", "horizon") if getattr(self.learned, f"needs_{what}")}
+
+    def to(self, device: Any) -> BoundRule:
+        """The same rule with theta on ``device``."""
+        return BoundRule(self.learned, {name: value.to(device) for name, value in self.theta.items()})

@@ -1,0 +1,125 @@
+"""The closed set of operations of the expression language, with every form that one of them takes."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        name: its name in programs.
+        arity: number of arguments.
+        plain: on tensors, differentiable, zero-safe.
+        scalar: on Python floats.
+        python: format string of readable Python.
+        cpp: format string of C++ on values of one floating type ``T``.
+        foreach: suffix of ``torch._foreach_*`` (and of the in-place tensor method), if there is one.
+        precedence: of the Python form, for parentheses; 9 = a call or atom.
+    """
+
+    name: str
+    arity: int
+    plain: Callable[..., Any]
+    scalar: Callable[..., float]
+    python: str
+    cpp: str
+    foreach: str | None = None
+    precedence: int = 9
+
+
+def _safe_sqrt(x: Any) -> Tensor:
+    """sqrt with derivative 0 at 0: one exactly-zero gradient entry must not turn a meta-gradient into NaN.
+
+    Outside autograd (``torch.no_grad``: ES, races) it is the plain op.
+    """
+    if not torch.is_grad_enabled():
+        return torch.sqrt(x)
+    positive = x > 0
+    root = torch.sqrt(torch.where(positive, x, torch.ones_like(x)))
+    return torch.where(positive, root, torch.where(x == 0, torch.zeros_like(x), torch.full_like(x, math.nan)))
+
+
+def _safe_div(x: Any, y: Any) -> Any:
+    return x / y
+
+
+def _tensor_pow(x: Any, y: Any) -> Any:
+    return x**y
+
+
+def _scalar_sqrt(x: float) -> float:
+    return math.sqrt(x) if x >= 0 else math.nan
+
+
+def _scalar_log(x: float) -> float:
+    return math.log(x) if x > 0 else (-math.inf if x == 0 else math.nan)
+
+
+def _scalar_sign(x: float) -> float:
+    return float((x > 0) - (x < 0))
+
+
+def _scalar_div(x: float, y: float) -> float:
+    if y == 0:
+        return math.nan if x == 0 or math.isnan(x) else math.copysign(math.inf, x)
+    return x / y
+
+
+def _scalar_exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def _extremum(torch_op: Callable[..., Tensor]) -> Callable[..., Any]:
+    def apply(x: Any, y: Any) -> Any:
+        tensor = x if isinstance(x, Tensor) else y
+        x, y = (v if isinstance(v, Tensor) else torch.full_like(tensor, v) for v in (x, y))
+        return torch_op(x, y)
+
+    return apply
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    return torch.where(condition, x, y)
+
+
+def _compare(function: Callable[[Any, Any], Any]) -> Callable[[float, float], float]:
+    return lambda x, y: float(function(x, y))
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("add", 2, operator.add, operator.add, "{0} + {1}", "({0} + {1})", "add", 5),
+        Op("sub", 2, operator.sub, operator.sub, "{0} - {1}", "({0} - {1})", "sub", 5),
+        Op("mul", 2, operator.mul, operator.mul, "{0} * {1}", "({0} * {1})", "mul", 6),
+        Op("div", 2, _safe_div, _scalar_div, "{0} / {1}", "({0} / {1})", "div", 6),
+        Op("pow", 2, _tensor_pow, operator.pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
+        Op("neg", 1, operator.neg, operator.neg, "-{0}", "(-{0})", "neg", 7),
+        Op("abs", 1, torch.abs, abs, "torch.abs({0})", "std::fabs({0})", "abs"),
+        Op("sqrt", 1, _safe_sqrt, _scalar_sqrt, "torch.sqrt({0})", "std::sqrt({0})", "sqrt"),
+        Op("sign", 1, torch.sign, _scalar_sign, "torch.sign({0})", "T(({0} > T(0)) - ({0} < T(0)))", "sign"),
+        Op("exp", 1, torch.exp, _scalar_exp, "torch.exp({0})", "std::exp({0})", "exp"),
+        Op("log", 1, torch.log, _scalar_log, "torch.log({0})", "std::log({0})", "log"),
+        Op("tanh", 1, torch.tanh, math.tanh, "torch.tanh({0})", "std::tanh({0})", "tanh"),
+        Op("maximum", 2, _extremum(torch.maximum), max, "torch.maximum({0}, {1})", "nan_max({0}, {1})", "maximum"),
+        Op("minimum", 2, _extremum(torch.minimum), min, "torch.minimum({0}, {1})", "nan_min({0}, {1})", "minimum"),
+        Op("gt", 2, operator.gt, _compare(operator.gt), "{0} > {1}", "({0} > {1})", None, 4),
+        Op("lt", 2, operator.lt, _compare(operator.lt), "{0} < {1}", "({0} < {1})", None, 4),
+        Op("ge", 2, operator.ge, _compare(operator.ge), "{0} >= {1}", "({0} >= {1})", None, 4),
+        Op("le", 2, operator.le, _compare(operator.le), "{0} <= {1}", "({0} <= {1})", None, 4),
+        Op("where", 3, _where, lambda c, x, y: x if c else y, "torch.where({0}, {1}, {2})", "({0} ? {1} : {2})"),
+    )
+}

@@ -1,0 +1,245 @@
+"""Turn the text of an `ElementwiseRule` into a `Program` by running it once on symbols."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from metaopt.program.program import Arg, Program, Statement
+from metaopt.rule import ElementwiseRule, flat_hp
+from metaopt.space import Hyper, declarations
+
+
+class TraceError(TypeError):
+    """The text of a rule uses something outside the expression language."""
+
+
+_TORCH_NAMES = {
+    "add": "add", "sub": "sub", "subtract": "sub", "mul": "mul", "multiply": "mul", "div": "div", "divide": "div",
+    "true_divide": "div", "pow": "pow", "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "sqrt": "sqrt",
+    "sign": "sign", "exp": "exp", "log": "log", "tanh": "tanh", "maximum": "maximum", "minimum": "minimum",
+    "where": "where", "gt": "gt", "greater": "gt", "lt": "lt", "less": "lt", "ge": "ge", "greater_equal": "ge",
+    "le": "le", "less_equal": "le",
+}  # fmt: skip
+
+
+class Symbol:
+    """A value under tracing; operators and torch functions on it append statements."""
+
+    def __init__(self, tracer: _Tracer, name: str) -> None:
+        self._tracer = tracer
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<symbol {self._name}>"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        symbol = next(arg for arg in args if isinstance(arg, Symbol))
+        return symbol._tracer.call(name, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Callable[..., Symbol]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self._tracer.call(name, (self, *args), kwargs)
+
+    def __bool__(self) -> bool:
+        raise TraceError(f"a branch on {self._name} depends on tensor values or on t; write torch.where or where() instead")
+
+    def __float__(self) -> float:
+        raise TraceError(f"{self._name} has no value while tracing; use operators and torch functions only")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __neg__(self) -> Symbol:
+        return self._tracer.emit("neg", self)
+
+    def __abs__(self) -> Symbol:
+        return self._tracer.emit("abs", self)
+
+
+def _binary(op: str, swapped: bool = False) -> Callable[[Symbol, Any], Symbol]:
+    def method(self: Symbol, other: Any) -> Symbol:
+        return self._tracer.emit(op, other, self) if swapped else self._tracer.emit(op, self, other)
+
+    return method
+
+
+for _op, _dunder in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("div", "truediv"), ("pow", "pow")):
+    setattr(Symbol, f"__{_dunder}__", _binary(_op))
+    setattr(Symbol, f"__r{_dunder}__", _binary(_op, swapped=True))
+for _op in ("gt", "lt", "ge", "le"):
+    setattr(Symbol, f"__{_op}__", _binary(_op))
+
+
+class _Tracer:
+    def __init__(self, inputs: tuple[str, ...]) -> None:
+        self.inputs = inputs
+        self.statements: list[Statement] = []
+        self._known: dict[tuple[str, tuple[Arg, ...]], Symbol] = {}  # common subexpressions
+
+    def arg(self, value: Any) -> Arg:
+        if isinstance(value, Symbol):
+            return value._name
+        if isinstance(value, (int, float)):
+            return float(value)
+        raise TraceError(f"{value!r} is neither a number nor a traced value; an elementwise rule works on its arguments")
+
+    def emit(self, op: str, *args: Any) -> Symbol:
+        names = tuple(self.arg(a) for a in args)
+        if (op, names) not in self._known:
+            symbol = Symbol(self, f"v{len(self.statements)}")
+            self.statements.append(Statement(symbol._name, op, names))
+            self._known[op, names] = symbol
+        return self._known[op, names]
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
+        """A torch function or tensor method, by name."""
+        name = name.rstrip("_") if not name.startswith("__") else name.strip("_")
+        if name == "square":
+            return self.emit("mul", args[0], args[0])
+        if name == "reciprocal":
+            return self.emit("div", 1.0, args[0])
+        if name == "rsqrt":
+            return self.emit("div", 1.0, self.emit("sqrt", args[0]))
+        if name == "lerp":
+            start, end, weight = args
+            return self.emit("add", start, self.emit("mul", weight, self.emit("sub", end, start)))
+        if name in ("clamp", "clip"):
+            low = kwargs.get("min", args[1] if len(args) > 1 else None)
+            high = kwargs.get("max", args[2] if len(args) > 2 else None)
+            value = args[0] if low is None else self.emit("maximum", args[0], low)
+            return value if high is None else self.emit("minimum", value, high)
+        if name in ("addcmul", "addcdiv"):
+            product = self.emit("mul" if name == "addcmul" else "div", args[1], args[2])
+            return self.emit("add", args[0], self.emit("mul", kwargs.get("value", 1.0), product))
+        if name in ("zeros_like", "ones_like"):
+            return self.emit("mul", 0.0, args[0]) if name == "zeros_like" else self.emit("pow", args[0], 0.0)
+        if name not in _TORCH_NAMES or kwargs.keys() - {"alpha"}:
+            raise TraceError(
+                f"{name} is not elementwise arithmetic; an elementwise rule may use {', '.join(sorted(set(_TORCH_NAMES)))}"
+            )
+        op = _TORCH_NAMES[name]
+        if "alpha" in kwargs:
+            return self.emit(op, args[0], self.emit("mul", kwargs["alpha"], args[1]))
+        return self.emit(op, *args)
+
+
+class _OptionsOnly:
+    """``self`` while tracing: options and helper methods may be read, hyperparameters may not."""
+
+    def __init__(self, rule: ElementwiseRule) -> None:
+        object.__setattr__(self, "_rule", rule)
+
+    def __getattr__(self, name: str) -> Any:
+        rule = object.__getattribute__(self, "_rule")
+        if isinstance(declarations(type(rule)).get(name), Hyper):
+            raise TraceError(
+                f"the text of {type(rule).__name__} reads self.{name}; take {name} as an argument, "
+                "so that it can differ between copies and be differentiated"
+            )
+        value = getattr(type(rule), name, None)
+        return value.__get__(self) if callable(value) and not isinstance(value, type) else getattr(rule, name)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """``x if condition else y`` for floats, tensors and traced values: the branch to use on ``t`` and coefficients."""
+    if isinstance(condition, Symbol):
+        return condition._tracer.emit("where", condition, x, y)
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
+
+
+def trace(rule: ElementwiseRule) -> Program:
+    """The program of ``rule``; depends on its options, not on its hyperparameters, and is cached.
+
+    Raises:
+        TraceError: the text leaves the expression language (names the offence and the way out).
+    """
+    options = {name: value for name, value in rule.values().items() if name not in rule.hp}
+    return _trace(type(rule), tuple(sorted(options.items())))
+
+
+@lru_cache(maxsize=1024)
+def _trace(cls: type[ElementwiseRule], options: tuple[tuple[str, Any], ...]) -> Program:
+    rule = cls(**dict(options))
+    self = _OptionsOnly(rule)
+    structure = {
+        name: tuple(f"{name.removesuffix('s')}{i + 1}" for i in range(len(value))) if isinstance(value, tuple) else name
+        for name, value in rule.hp.items()
+    }
+    scalars = (*flat_hp(structure).values(), "t")
+    tensors = ("param", "grad", *rule.slots)
+    tracer = _Tracer((*scalars, *tensors))
+
+    def symbols(names: Any) -> Any:
+        return tuple(Symbol(tracer, n) for n in names) if isinstance(names, tuple) else Symbol(tracer, names)
+
+    coefficients = cls.coefficients(self, {k: symbols(v) for k, v in structure.items()}, Symbol(tracer, "t"))  # type: ignore[arg-type]
+    arguments = [Symbol(tracer, name) for name in tensors]
+    with _LocalNames(cls.elementwise) as names:
+        outputs = cls.elementwise(self, *arguments, **coefficients)  # type: ignore[arg-type]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if len(outputs) != 1 + len(rule.slots):
+        expected = ", ".join(["new_param", *(f"new_{slot}" for slot in rule.slots)])
+        raise TraceError(f"{cls.__name__}.elementwise must return ({expected}), got {len(outputs)} values")
+    program = Program(scalars, tensors, tuple(tracer.statements), tuple(tracer.arg(o) for o in outputs))
+    chosen = {s._name: name for name, s in coefficients.items() if isinstance(s, Symbol)}
+    return _renamed(_without_dead(program), {**names.found, **chosen})
+
+
+class _LocalNames:
+    """Collects the local variable names that a traced function gave its values, for readable source."""
+
+    def __init__(self, function: Any) -> None:
+        self._code = function.__code__
+        self.found: dict[str, str] = {}
+
+    def _profile(self, frame: Any, event: str, arg: Any) -> None:
+        if event == "return" and frame.f_code is self._code:
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Symbol):
+                    self.found.setdefault(value._name, name)
+
+    def __enter__(self) -> _LocalNames:
+        self._previous = sys.getprofile()
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.setprofile(self._previous)
+
+
+def _without_dead(program: Program) -> Program:
+    live = set(program.outputs)
+    kept = []
+    for s in reversed(program.statements):
+        if s.target in live:
+            kept.append(s)
+            live |= set(s.args)
+    return Program(program.scalars, program.tensors, tuple(reversed(kept)), program.outputs)
+
+
+def _renamed(program: Program, names: dict[str, str]) -> Program:
+    """Give statements the author's names; a name that is taken gets ``new_`` or a number."""
+    taken = {*program.scalars, *program.tensors}
+    mapping: dict[Arg, str] = {}
+    for s in program.statements:
+        complement = s.op == "sub" and s.args[0] == 1.0 and s.args[1] in program.scalars
+        wanted = names.get(s.target, f"one_minus_{s.args[1]}" if complement else s.target)
+        candidates = [wanted, f"new_{wanted}", *(f"{wanted}_{i}" for i in range(2, len(program.statements) + 3))]
+        mapping[s.target] = next(name for name in candidates if name not in taken)
+        taken.add(mapping[s.target])
+
+    def arg(a: Arg) -> Arg:
+        return mapping.get(a, a)
+
+    statements = tuple(Statement(mapping[s.target], s.op, tuple(arg(a) for a in s.args)) for s in program.statements)
+    return Program(program.scalars, program.tensors, statements, tuple(arg(o) for o in program.outputs))

@@ -1,0 +1,1 @@
+"""Learned optimizers and gradient estimators of meta-training."""

@@ -1,0 +1,1 @@
+"""Training problems that need no download."""
