@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from metaopt.rule import Context, Declared, HyperValues, ParamInfo, Params, State, UpdateRule
@@ -34,9 +35,12 @@ class LearnedRule(Declared):
     ) -> tuple[Params, State]:
         """As `UpdateRule.update`, with ``theta`` of one copy; pure, vmap-safe, differentiable in theta."""
 
-    def bind(self, theta: Theta) -> BoundRule:
-        """This rule with these meta-parameters, usable wherever a rule is."""
-        return BoundRule(self, theta)
+    def bind(self, theta: Theta, *, stacked: bool = False) -> BoundRule:
+        """This rule with these meta-parameters, usable wherever a rule is.
+
+        ``stacked``: every tensor of theta has a leading dimension, one entry per copy of an unroll.
+        """
+        return BoundRule(self, theta, stacked)
 
 
 class BoundRule(UpdateRule, eq=False):
@@ -44,6 +48,7 @@ class BoundRule(UpdateRule, eq=False):
 
     learned: LearnedRule
     theta: Theta
+    stacked: bool = False
 
     def init(self, params: Params, info: Mapping[str, ParamInfo]) -> State:
         """The learned rule's initial state."""
@@ -61,4 +66,18 @@ class BoundRule(UpdateRule, eq=False):
 
     def to(self, device: Any) -> BoundRule:
         """The same rule with theta on ``device``."""
-        return BoundRule(self.learned, {name: value.to(device) for name, value in self.theta.items()})
+        return BoundRule(self.learned, {name: value.to(device) for name, value in self.theta.items()}, self.stacked)
+
+
+def to_vector(theta: Theta) -> Tensor:
+    """All of theta as one vector [D], tensors in order of insertion."""
+    return torch.cat([value.reshape(-1) for value in theta.values()])
+
+
+def from_vector(vector: Tensor, like: Theta) -> Theta:
+    """Inverse of `to_vector`, for ``vector`` [..., D]; leading dimensions stay."""
+    pieces = torch.split(vector, [value.numel() for value in like.values()], dim=-1)
+    return {
+        name: piece.reshape(vector.shape[:-1] + value.shape)
+        for (name, value), piece in zip(like.items(), pieces, strict=True)
+    }

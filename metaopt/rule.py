@@ -187,6 +187,12 @@ class Declared:
         declared = self.declared()
         return {name: value for name, value in self.values().items() if isinstance(declared[name], Hyper)}
 
+    def structure(self) -> tuple[Any, ...]:
+        """A hashable key of everything but the hyperparameters: rules of one structure share compiled code."""
+        declared = declarations(type(self))
+        options = tuple((name, getattr(self, name)) for name, d in declared.items() if isinstance(d, Option))
+        return (type(self), options, tuple((name, part.structure()) for name, part in self.parts().items()))
+
     def replaced(self, **values: Any) -> Any:
         """A copy with hyperparameters or options changed, wherever in the composition they live.
 

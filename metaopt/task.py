@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -34,9 +36,9 @@ class Split:
         """Examples at ``indices`` [...]: each tensor becomes [..., *example]."""
         return {name: tensor[indices] for name, tensor in self.tensors.items()}
 
-    def to(self, device: Any) -> Split:
+    def to(self, device: Any) -> Self:
         """The same examples on ``device``."""
-        return Split({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
 @dataclass(eq=False)
@@ -49,7 +51,7 @@ class Task(ABC):
         batch_size: examples per inner step.
         horizon: how many steps a training run usually has.
         config: numbers that vary between members of a family (0-d or any shape, no copy dimension); ``loss`` finds
-            them in its batch under their names.
+            them in its batch under their names, and uses the task's own where the batch has none (evaluation).
     """
 
     name: str
@@ -85,10 +87,11 @@ class Task(ABC):
 
     @staticmethod
     def from_module(
-        module: nn.Module,
+        module: nn.Module | Callable[[], nn.Module],
         loss: Callable[[Any, Tensor], Tensor],
         data: Mapping[str, tuple[Tensor, Tensor]],
         *,
+        roles: Mapping[str, str] | None = None,
         name: str = "module",
         batch_size: int = 64,
         horizon: int = 200,
@@ -96,44 +99,73 @@ class Task(ABC):
         """A task from any ``nn.Module`` that a user already has.
 
         Args:
-            module: maps a batch of inputs to predictions; buffers are constants (no running statistics).
+            module: maps a batch of inputs to predictions; buffers are constants (no running statistics). Give a
+                function that builds it (``lambda: MyModel(width=64)``) if its constructor sets initial values of its
+                own; a finished module is re-initialised layer by layer, with each layer's defaults.
             loss: ``loss(prediction, target) -> scalar``.
             data: ``{"train": (inputs, targets), "valid": ..., "test": ...}``; missing splits fall back to train.
-            name, batch_size, horizon: see `Task`.
+            roles: parameter name -> role (see `ParamInfo`), where the names do not tell.
+            name: how reports call it.
+            batch_size: examples per inner step.
+            horizon: how many steps a training run usually has.
         """
         if "train" not in data:
             raise ValueError(f"data must hold a 'train' split, got {sorted(data)}; pass {{'train': (inputs, targets)}}")
         splits = {key: Split({"input": pair[0], "target": pair[1]}) for key, pair in data.items()}
         train = splits["train"]
+        build = partial(_reinitialised, module) if isinstance(module, nn.Module) else module
         return ModuleTask(
             name, train, splits.get("valid", train), splits.get("test", train), batch_size, horizon,
-            module=module, criterion=loss,
+            build=build, criterion=loss, roles=roles or {},
         )  # fmt: skip
 
 
 @dataclass(eq=False)
 class ModuleTask(Task):
-    """A task around an ``nn.Module``: ``init`` resets its parameters by each submodule's ``reset_parameters``."""
+    """A task around an ``nn.Module``; see `Task.from_module`.
 
-    module: nn.Module = field(default_factory=nn.Identity)
+    Attributes:
+        build: makes a module with fresh parameters from torch's global CPU generator.
+        criterion: ``(prediction, target) -> scalar``.
+        roles: parameter name -> role, where the names do not tell.
+    """
+
+    build: Callable[[], nn.Module] = nn.Identity
     criterion: Callable[[Any, Tensor], Tensor] = nn.functional.mse_loss
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._module = self._fresh(0).to(self.device)
 
     def init(self, generator: Generator) -> Params:
-        """Re-run the module's own initialisers under a seed drawn from ``generator``."""
+        """The parameters of a module built under a seed drawn from ``generator``."""
         seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for part in self.module.modules():
-                reset = getattr(part, "reset_parameters", None)
-                if callable(reset):
-                    reset()
-        return {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        return {name: p.detach().clone() for name, p in self._fresh(seed).named_parameters()}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The criterion of the module's output."""
-        buffers = dict(self.module.named_buffers())
-        output = torch.func.functional_call(self.module, {**buffers, **params}, (batch["input"],))
+        buffers = dict(self._module.named_buffers())
+        output = torch.func.functional_call(self._module, {**buffers, **params}, (batch["input"],))
         return self.criterion(output, batch["target"])
+
+    def info(self) -> dict[str, ParamInfo]:
+        """As `Task.info`, with ``roles``."""
+        return infer_info(dict(self._module.named_parameters()), self.roles)
+
+    def _fresh(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed CUDA for good
+            return self.build().cpu()
+
+
+def _reinitialised(module: nn.Module) -> nn.Module:
+    """A copy on the CPU after each layer's ``reset_parameters``; parameters that no layer resets keep their values."""
+    module = copy.deepcopy(module).cpu()
+    for part in reversed(list(module.modules())):  # children first: a parent may set its children's values
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+    return module
 
 
 class TaskFamily(ABC):

@@ -92,6 +92,8 @@ def _extremum(torch_op: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
+    if not isinstance(x, Tensor) and not isinstance(y, Tensor):  # torch would give float32, or integers
+        x = torch.full_like(condition, x, dtype=torch.float64)
     return torch.where(condition, x, y)
 
 

@@ -98,7 +98,7 @@ class Program:
             args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
             op = OPS[s.op]
             if any(isinstance(arg, Tensor) for arg in args):
-                values[s.target] = op.plain(*args)
+                values[s.target] = op.plain(*_operands(s.op, args, torch.float64))
             else:
                 values[s.target] = op.scalar(*args)
         return {name: values[name] for name in self.coefficients}
@@ -125,12 +125,26 @@ def evaluate(program: Program, tensors: Mapping[str, Tensor], scalars: Mapping[s
     for name, value in program.scalar_values(scalars).items():
         values[name] = value.to(dtype) if isinstance(value, Tensor) else value
     for s in program.kernel:
-        values[s.target] = OPS[s.op].plain(*(values[arg] if isinstance(arg, str) else arg for arg in s.args))
+        args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
+        value = OPS[s.op].plain(*_operands(s.op, args, dtype))
+        values[s.target] = value.to(dtype) if s.op == "where" else value
     like = tensors["param"]
     return [_as_tensor(values[out] if isinstance(out, str) else out, like) for out in program.outputs]
 
 
+def _operands(op: str, args: list[Any], dtype: torch.dtype) -> list[Any]:
+    """The arguments as torch expects them: a condition is a bool tensor, a comparison used as a number is 1 or 0."""
+    numbers = [arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype == torch.bool else arg for arg in args]
+    if op != "where":
+        return numbers
+    condition, *branches = args[0], *numbers[1:]
+    if not isinstance(condition, Tensor):
+        like = next(branch for branch in branches if isinstance(branch, Tensor))
+        condition = torch.full((), bool(condition), device=like.device)
+    return [condition if condition.dtype == torch.bool else condition != 0, *branches]
+
+
 def _as_tensor(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.dim() == like.dim():
-        return value
+        return value.to(like.dtype)
     return torch.zeros_like(like) + value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from metaopt.program.ops import OPS
 from metaopt.program.program import Arg, Program, Statement
@@ -14,6 +15,25 @@ def python_source(program: Program, name: str = "update", coefficients_name: str
     The source computes what `metaopt.program.evaluate` computes, in the same order.
     """
     return f"{coefficients_source(program, coefficients_name)}\n\n\n{update_source(program, name)}"
+
+
+def function_source(program: Program, name: str, doc: str = "", guarded: Collection[str] = ()) -> str:
+    """The whole program as one function: ``def name(param, grad, *slots, *, lr, beta1, ..., t)``, scalars as floats.
+
+    No output aliases an input, so a caller may keep them. Statements in ``guarded`` are printed with ``_div``, ``_sqrt``,
+    ``_exp`` and ``_log``, for which the caller provides functions that give NaN or infinity where Python would raise.
+    """
+    writer = _Writer(program, scalar=None, guarded=guarded)
+    used = {arg for s in program.statements for arg in s.args} | set(program.outputs)
+    scalars = [scalar for scalar in program.scalars if scalar in used]
+    keyword = f", *, {', '.join(scalars)}" if scalars else ""
+    lines = [f"def {name}({', '.join(program.tensors)}{keyword}):"]
+    lines += [f'    """{doc}"""'] if doc else []
+    lines += [f"    {line}" for line in writer.lines(program.prelude + program.kernel, keep=set())]
+    outputs = [writer.output(out) for out in program.outputs]
+    if sum(map(len, outputs)) > 96:
+        return "\n".join([*lines, "    return (", *(f"        {out}," for out in outputs), "    )"])
+    return "\n".join([*lines, f"    return {', '.join(outputs)}"])
 
 
 def coefficients_source(program: Program, name: str) -> str:
@@ -36,50 +56,79 @@ def update_source(program: Program, name: str) -> str:
 
 
 _SCALAR_FORMS = {
-    "sqrt": "{0} ** 0.5", "abs": "abs({0})", "maximum": "max({0}, {1})", "minimum": "min({0}, {1})",
+    "sqrt": "math.sqrt({0})", "abs": "abs({0})", "maximum": "max({0}, {1})", "minimum": "min({0}, {1})",
     "exp": "math.exp({0})", "log": "math.log({0})", "tanh": "math.tanh({0})",
-    "sign": "float(({0} > 0) - ({0} < 0))", "where": "({1} if {0} else {2})",
+    "sign": "float(({0} > 0) - ({0} < 0))",
 }  # fmt: skip
+_WIDEST = 96
 
 
 class _Writer:
-    """Prints statements, folding those that are used once and unnamed into the expression that uses them."""
+    """Prints statements, folding those that are used once and unnamed into the expression that uses them.
 
-    def __init__(self, program: Program, *, scalar: bool) -> None:
+    ``scalar``: whether statements are on floats; None means: those of the program's prelude are.
+    """
+
+    def __init__(self, program: Program, *, scalar: bool | None, guarded: Collection[str] = ()) -> None:
+        self.program = program
         self.scalar = scalar
+        self.guarded = guarded
         self.uses = Counter(arg for s in program.statements for arg in s.args) + Counter(program.outputs)
         self.by_name = {s.target: s for s in program.statements}
         self.folded: set[Arg] = set()
-        self.outputs = set(program.outputs)
-        self.boundary = set(program.scalars) | set(program.coefficients)
 
     def lines(self, statements: tuple[Statement, ...], keep: set[str]) -> list[str]:
         for s in statements:
-            automatic = s.target.startswith("v") and s.target[1:].isdigit()
-            once = self.uses[s.target] == 1
-            if s.target not in keep and once and automatic:
+            automatic = s.target.startswith("v") and s.target[1:].isdigit() and self.uses[s.target] == 1
+            complement = self.scalar is None and s.target.startswith("one_minus_")
+            if s.target not in keep and (automatic or complement):
                 self.folded.add(s.target)
+            while len(self.expression(s)[0]) > _WIDEST and (inner := self.folded & set(s.args)):
+                self.folded.remove(max(inner, key=lambda arg: (len(self.text(arg, 0)), arg)))
         return [f"{s.target} = {self.expression(s)[0]}" for s in statements if s.target not in self.folded]
 
+    def output(self, out: Arg) -> str:
+        """An output that shares no memory with the inputs."""
+        if isinstance(out, float) or out in self.program.scalar_names:
+            return f"torch.full_like(param, {self.text(out, 0)})"
+        return f"{out}.clone()" if out in self.program.tensors else self.text(out, 0)
+
+    def is_scalar(self, arg: Arg) -> bool:
+        return isinstance(arg, float) or arg in self.program.scalar_names
+
     def expression(self, s: Statement) -> tuple[str, int]:
+        """Text and precedence of a statement's right side."""
+        scalar = self.is_scalar(s.target) if self.scalar is None else self.scalar
         op = OPS[s.op]
-        template = _SCALAR_FORMS.get(s.op, op.python) if self.scalar else op.python
-        precedence = 8 if self.scalar and s.op == "sqrt" else op.precedence
-        if not self.scalar and s.op in ("maximum", "minimum") and any(isinstance(a, float) for a in s.args):
-            tensor, bound = sorted(s.args, key=lambda a: isinstance(a, float))
+        if s.op == "where":
+            return self.choice(s, scalar)
+        if not scalar and s.op in ("maximum", "minimum") and any(map(self.is_scalar, s.args)):
+            tensor, bound = sorted(s.args, key=self.is_scalar)
             side = "min" if s.op == "maximum" else "max"
             return f"torch.clamp({self.text(tensor, 0)}, {side}={self.text(bound, 0)})", 9
-        if not self.scalar and s.op in ("maximum", "minimum") and any(a in self.boundary for a in s.args):
-            tensor, bound = sorted(s.args, key=lambda a: a in self.boundary)
-            side = "min" if s.op == "maximum" else "max"
-            return f"torch.clamp({self.text(tensor, 0)}, {side}={self.text(bound, 0)})", 9
-        call = precedence == 9 or template.startswith("(")
-        # the right operand of -, / and ** (and the left of **) binds tighter
+        if s.target in self.guarded:
+            return f"_{s.op}({', '.join(self.text(arg, 0) for arg in s.args)})", 9
+        template = _SCALAR_FORMS.get(s.op, op.python) if scalar else op.python
         args = []
         for i, arg in enumerate(s.args):
-            tighter = i == 1 if s.op != "pow" else i == 0
-            args.append(self.text(arg, 0 if call else precedence + tighter))
-        return template.format(*args), precedence
+            if op.precedence == 9:
+                least = 0 if template.count("{0}") == 1 else 9
+            elif op.precedence == 4:
+                least = 5  # comparisons do not associate
+            else:
+                # the right operand of -, / and ** (and the left of **) binds tighter
+                least = op.precedence + (i == 1 if s.op != "pow" else i == 0)
+            power = s.op == "pow" and i == 1
+            args.append(self.text(arg, 0 if power and isinstance(arg, float) else least))
+        return template.format(*args), op.precedence
+
+    def choice(self, s: Statement, scalar: bool) -> tuple[str, int]:
+        condition, yes, no = s.args
+        if scalar or self.is_scalar(condition):
+            return f"{self.text(yes, 2)} if {self.text(condition, 2)} else {self.text(no, 1)}", 1
+        text = f"torch.where({', '.join(self.text(arg, 0) for arg in s.args)})"
+        both = self.is_scalar(yes) and self.is_scalar(no)  # torch would give float32
+        return f"{text}.to(param.dtype)" if both else text, 9
 
     def text(self, arg: Arg, minimum: int) -> str:
         if isinstance(arg, float):

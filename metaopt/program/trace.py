@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metaopt.program.ops import OPS
 from metaopt.program.program import Arg, Program, Statement
 from metaopt.rule import ElementwiseRule, flat_hp
 from metaopt.space import Hyper, declarations
@@ -153,7 +154,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     if isinstance(condition, Symbol):
         return condition._tracer.emit("where", condition, x, y)
     if isinstance(condition, torch.Tensor):
-        return torch.where(condition, x, y)
+        return OPS["where"].plain(condition, x, y)
     return x if condition else y
 
 

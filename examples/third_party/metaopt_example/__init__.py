@@ -1,0 +1,1 @@
+"""An update rule and a task of somebody else's, for metaopt."""

@@ -1,0 +1,7 @@
+"""``python -m metaopt`` is the command ``metaopt``."""
+
+import sys
+
+from metaopt.cli import main
+
+sys.exit(main())

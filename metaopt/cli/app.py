@@ -1,0 +1,29 @@
+"""The table of commands.
+
+A command is a function in ``metaopt.cli.commands``, one module for each subject, and one line at the end of this file.
+Those modules import torch, and whatever imports torch, inside the function; so ``metaopt list`` and ``--help`` are
+quick.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from metaopt.cli.commands import catalogue
+
+app = typer.Typer(
+    name="metaopt",
+    help="Write an optimizer once; meta-train it, race it, export it.",
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Write an optimizer once; meta-train it, race it, export it."""
+
+
+app.command("list")(catalogue.list_kind)
+app.command("plugins")(catalogue.list_plugins)

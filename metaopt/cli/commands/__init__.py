@@ -1,0 +1,1 @@
+"""The commands; see `metaopt.cli.app` for how one is added."""

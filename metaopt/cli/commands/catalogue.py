@@ -1,0 +1,107 @@
+"""``metaopt list`` and ``metaopt plugins``: what there is, and where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from metaopt import registry
+
+KIND_WORDS = {
+    "optimizers": "optimizer",
+    "learned-optimizers": "learned_optimizer",
+    "tasks": "task",
+    "data-sources": "data_source",
+    "objectives": "objective",
+    "estimators": "estimator",
+    "backends": "unroll_backend",
+    "proposers": "proposer",
+    "exporters": "exporter",
+}
+"""What users type -> kind; the singular does as well."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def list_kind(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of {', '.join(KIND_WORDS)}.")],
+    as_json: AsJson = False,
+) -> None:
+    """List what the installed plugins offer.
+
+    Example: [bold]metaopt list optimizers[/bold]
+    """
+    kind = _kind(kind)
+    found = registry.default()
+    rows = [
+        {**dataclasses.asdict(spec), "kind": kind, "plugin": found.owner(kind, name)}
+        for name, spec in found.specs(kind).items()
+    ]
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            row["paper"] = row["paper"].split(", http")[0]
+        _print_table(("name", "summary", "paper", "plugin"), rows)
+    _warn(found)
+
+
+def list_plugins(as_json: AsJson = False) -> None:
+    """Show every plugin: its package, where it is, what it offers, and what failed to load and why.
+
+    Example: [bold]metaopt plugins --json[/bold]
+    """
+    found = registry.default()
+    rows = [dataclasses.asdict(report) for report in found.plugins()]
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        row["package"] = f"{row['distribution']} {row['version']}".strip()
+        row["offers"] = ", ".join(_count(kind, count) for kind, count in row["counts"].items())
+    _print_table(("name", "package", "offers", "where"), rows)
+    _warn(found)
+
+
+def _kind(word: str) -> str:
+    plural = word.lower().replace("_", "-").removesuffix("s") + "s"
+    plural = plural.removeprefix("unroll-")
+    if plural not in KIND_WORDS:
+        close = difflib.get_close_matches(plural, KIND_WORDS, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KIND_WORDS)}"
+        raise ValueError(f"there is nothing of kind {word!r} to list; {advice}")
+    return KIND_WORDS[plural]
+
+
+def _count(kind: str, count: int) -> str:
+    return f"{count} {kind.replace('_', ' ')}{'' if count == 1 else 's'}"
+
+
+def _print_json(rows: list[dict[str, Any]]) -> None:
+    typer.echo(json.dumps(rows, indent=2, default=str))
+
+
+def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    console = Console(markup=False, highlight=False)  # other people's summaries may hold square brackets
+    if not console.is_terminal:
+        console.width = 1000  # one row, one line: for grep
+    console.print(table)
+
+
+def _warn(found: registry.Registry) -> None:
+    """Name on stderr what failed, one line each."""
+    failed = [f"plugin {report.name!r}: {report.error}" for report in found.plugins() if report.error]
+    for problem in [*failed, *found.clashes()]:
+        print(f"metaopt: {problem}", file=sys.stderr)

@@ -1,0 +1,153 @@
+"""A finished race as a table, a picture and a complete JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from metaopt.evaluate.race import Entry, RaceResult
+from metaopt.evaluate.statistics import Estimate
+
+FORMAT = 1
+
+
+def save(result: RaceResult, directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write ``race.json`` and ``curves.png`` into ``directory`` (made if missing); a crash leaves no half file.
+
+    Returns:
+        ``{"json": path, "curves": path}``.
+    """
+    from metaopt.evaluate.curves import figure_png
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(as_json(result), indent=1, allow_nan=False, sort_keys=True)
+    return {
+        "json": _write(folder / "race.json", text.encode()),
+        "curves": _write(folder / "curves.png", figure_png(result)),
+    }
+
+
+def as_json(result: RaceResult) -> dict[str, Any]:
+    """Everything in the result, JSON-ready; NaN and infinities become null. Only ``wall_clock`` differs between equal races."""
+    return {
+        "format": FORMAT,
+        "versions": {
+            "metaopt": _version("torch-metaopt"),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "python": platform.python_version(),
+        },
+        "protocol": result.protocol,
+        "contenders": _plain(result.contenders),
+        "tasks": result.tasks,
+        "ranking": result.ranking,
+        "aggregate": {name: _plain(dataclasses.asdict(value)) for name, value in result.aggregate.items()},
+        "entries": {
+            name: {task: _plain(dataclasses.asdict(entry)) for task, entry in row.items()}
+            for name, row in result.entries.items()
+        },
+        "wall_clock": {"seconds": {name: round(value, 3) for name, value in result.seconds.items()}},
+    }
+
+
+def table(result: RaceResult) -> Table:
+    """One row per contender, best first."""
+    seeds, tuning_runs = result.protocol["seeds"], result.protocol["tuning_runs"]
+    grid = Table(
+        title="Race: test loss after training, interquartile mean [95 % interval]",
+        caption=(
+            f"{seeds} seeds per task, {tuning_runs} tuning runs per contender and task; ★ best; "
+            "score: normalised, over all tasks, lower is better; ! learning rate at an end of the search"
+        ),
+        caption_justify="left",
+        title_justify="left",
+        show_lines=len(result.tasks) > 1,
+    )
+    grid.add_column("contender", no_wrap=True)
+    grid.add_column("score", justify="right")
+    for task in result.tasks:
+        grid.add_column(task, justify="right")
+    grid.add_column("diverged", justify="right")
+    total = seeds * len(result.tasks)
+    for place, name in enumerate(result.ranking):
+        failed = result.diverged(name)
+        grid.add_row(
+            Text(name, style="bold" if place == 0 else ""),
+            _cell(result.aggregate[name], place == 0),
+            *(_task_cell(result.entries[name][task], name == result.best(task)) for task in result.tasks),
+            Text(f"{failed} of {total}", style="bold red" if failed else "dim"),
+        )
+    return grid
+
+
+def _cell(value: Estimate, best: bool) -> Text:
+    text = Text(_number(value.iqm) + (" ★" if best else ""), style="bold green" if best else "")
+    if not math.isnan(value.low):
+        text.append(f"\n[{_number(value.low)}, {_number(value.high)}]", style="not bold dim")
+    return text
+
+
+def _task_cell(entry: Entry, best: bool) -> Text:
+    text = _cell(entry.loss, best)
+    if entry.tuning is None:
+        text.append("\nuntuned" if entry.lr is None else f"\nlr {entry.lr:.2g} untuned", style="not bold cyan")
+    else:
+        text.append(f"\nlr {entry.tuning.lr:.2g}{' !' if entry.tuning.edge else ''}", style="not bold cyan")
+    if entry.diverged:
+        text.append(f"\n{entry.diverged} of {len(entry.seeds)} diverged", style="not bold red")
+    return text
+
+
+def _number(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:.4g}"
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers of numbers with non-finite ones as None; floats keep 9 digits, what a float32 needs."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value if isinstance(value, (int, str)) or value is None else repr(value)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Write beside the target, then rename over it: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path

@@ -1,0 +1,173 @@
+"""The source of an `ElementwiseRule`, printed from its Program: needs no source file of the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from metaopt.program import trace
+from metaopt.program.program import Arg, Program
+from metaopt.program.source import function_source
+from metaopt.rule import ElementwiseRule, TensorRule
+from metaopt.space import Hyper
+
+GUARDS = {
+    "div": '''def _div(x, y):
+    """x / y of floats, where a zero divisor gives infinity or NaN."""
+    return x / y if y else (x * math.inf if x else math.nan)''',
+    "sqrt": '''def _sqrt(x):
+    """The root of a float; NaN below zero."""
+    return math.sqrt(x) if x >= 0 else math.nan''',
+    "log": '''def _log(x):
+    """The logarithm of a float; -infinity at zero, NaN below."""
+    return math.log(x) if x > 0 else (math.nan if x else -math.inf)''',
+    "exp": '''def _exp(x):
+    """exp of a float; infinity where it overflows."""
+    return math.exp(x) if x < 709.0 else math.inf''',
+}
+"""Scalar arithmetic as programs define it, for statements whose arguments may leave what Python's own allows."""
+
+
+def is_printable(rule: object) -> bool:
+    """Whether the whole rule is its Program and slots whose initial values are known."""
+    if not isinstance(rule, ElementwiseRule):
+        return False
+    inherited = {
+        "init": TensorRule, "update": ElementwiseRule, "init_tensor": ElementwiseRule, "update_tensor": ElementwiseRule
+    }  # fmt: skip
+    own = any(getattr(type(rule), name) is not getattr(base, name) for name, base in inherited.items())
+    return not own and not rule.requirements() and slot_values(rule) is not None
+
+
+def slot_values(rule: ElementwiseRule, hp: str = "hp") -> dict[str, str] | None:
+    """An expression in ``param`` and ``hp`` for each slot's initial value; None if one cannot be told from outside."""
+    found = {}
+    for slot in rule.slots:
+        expression = _slot_value(rule, slot, hp)
+        if expression is None:
+            return None
+        found[slot] = expression
+    return found
+
+
+def _slot_value(rule: ElementwiseRule, slot: str, hp: str) -> str | None:
+    if type(rule).init_slot is ElementwiseRule.init_slot:
+        return "torch.zeros_like(param)"
+    probe = torch.linspace(-1.7, 2.3, 6, dtype=torch.float64).reshape(2, 3)
+    value = rule.init_slot(slot, probe)
+    if torch.equal(value, probe):
+        return "param.clone()"
+    constant = _constant(value)
+    if constant is None or value.shape != probe.shape or _constant(rule.init_slot(slot, probe - 5.0)) != constant:
+        return None
+    for name, declared in rule.declared().items():
+        if isinstance(declared, Hyper) and rule.values()[name] == constant:
+            other = next(x for x in (constant / 2 + 0.25, constant / 2, constant + 1.0) if declared.contains(x))
+            if _constant(rule.replaced(**{name: other}).init_slot(slot, probe)) == other != constant:
+                return f'torch.full_like(param, {hp}["{name}"])'
+    return f"torch.full_like(param, {constant!r})" if constant else "torch.zeros_like(param)"
+
+
+def _constant(value: torch.Tensor) -> float | None:
+    first = value.flatten()[0]
+    return float(first) if bool((value == first).all()) else None
+
+
+def update_function(rule: ElementwiseRule, name: str) -> tuple[str, list[str]]:
+    """The update of one tensor as a function, and the `GUARDS` that it calls."""
+    program = trace(rule)
+    guarded = {target: op for target, op in _unsafe(program, _domains(rule)).items()}
+    doc = "New values of one tensor and its state."
+    if "t" in _used(program):
+        doc = "New values of one tensor and its state; ``t`` counts its updates from 1."
+    return _wrapped(function_source(program, name, doc, guarded)), sorted(set(guarded.values()))
+
+
+def _wrapped(source: str) -> str:
+    """A signature that is too long gets one line for tensors and one for scalars."""
+    first, _, body = source.partition("\n")
+    if len(first) <= 112:
+        return source
+    head, _, arguments = first.removesuffix("):").partition("(")
+    lines = [f"    {part}," for part in arguments.replace(", *, ", "|*, ").split("|")]
+    return "\n".join([f"{head}(", *(line for long in lines for line in _broken(long)), "):", body])
+
+
+def _broken(line: str) -> list[str]:
+    """``line`` cut at commas into lines of at most 112 columns."""
+    indent = line[: len(line) - len(line.lstrip())]
+    cut: list[str] = []
+    for item in line.strip().removesuffix(",").split(", "):
+        if cut and len(cut[-1]) + len(item) + 2 <= 112:
+            cut[-1] += f" {item},"
+        else:
+            cut.append(f"{indent}{item},")
+    return cut
+
+
+def call_lines(rule: ElementwiseRule, function: str, target: str, param: str, grad: str, slots: str, hp: str, t: str) -> list[str]:
+    """``target, slots[...] = function(...)`` on values of ``hp``, with the tuples among them unpacked before."""
+    used = _used(trace(rule))
+    lines, scalars = [], []
+    for name, value in rule.hp.items():
+        if isinstance(value, tuple):
+            flat = flat_names(name, value)
+            if used & set(flat):
+                lines.append(f'{", ".join(flat)} = map(float, {hp}["{name}"])')
+            scalars += [f"{entry}={entry}" for entry in flat if entry in used]
+        elif name in used:
+            scalars.append(f'{name}=float({hp}["{name}"])')
+    scalars += [f"t={t}"] if "t" in used else []
+    entries = [f'{slots}["{slot}"]' for slot in rule.slots]
+    head = f"{', '.join([target, *entries])} = {function}("
+    arguments = [*_broken(f"    {', '.join([param, grad, *entries])}"), *(_broken(f"    {', '.join(scalars)}") if scalars else [])]
+    return [*lines, head, *arguments, ")"]
+
+
+def flat_names(name: str, value: tuple[float, ...]) -> list[str]:
+    """``betas`` -> ``beta1, beta2``, as `metaopt.rule.flat_hp` does."""
+    return [f"{name.removesuffix('s')}{i + 1}" for i in range(len(value))]
+
+
+def _used(program: Program) -> set[Arg]:
+    return {arg for s in program.statements for arg in s.args} | set(program.outputs)
+
+
+def _domains(rule: ElementwiseRule) -> dict[str, Hyper]:
+    found: dict[str, Hyper] = {}
+    for name, declared in rule.declared().items():
+        if isinstance(declared, Hyper):
+            default = declared.default
+            flat = flat_names(name, default) if isinstance(default, tuple) else [name]
+            found |= dict.fromkeys(flat, declared)
+    return found
+
+
+def _unsafe(program: Program, domains: Mapping[str, Hyper]) -> dict[str, str]:
+    """Scalar statements that Python may refuse (a zero divisor, a negative root) -> the op that guards them."""
+    positive, below_one = {"t"}, set()
+    for name, domain in domains.items():
+        if domain.low > 0 or (domain.low == 0 and domain.open_low):
+            positive.add(name)
+        if domain.low >= 0 and (domain.high < 1 or (domain.high == 1 and domain.open_high)):
+            below_one.add(name)
+
+    def is_positive(arg: Arg) -> bool:
+        return arg > 0 if isinstance(arg, float) else arg in positive
+
+    unsafe = {}
+    for s in program.prelude:
+        x, *rest = s.args
+        y = rest[0] if rest else x
+        both = is_positive(x) and is_positive(y)
+        if s.op in ("add", "mul", "div", "pow", "sqrt", "exp", "maximum") and both or s.op == "exp":
+            positive.add(s.target)
+        if s.op == "sub" and x == 1.0 and y in below_one:
+            positive.add(s.target)
+        if (s.op == "pow" and x in below_one and is_positive(y)) or (s.op == "mul" and x in below_one and y in below_one):
+            below_one.add(s.target)
+        fine = (s.op == "div" and is_positive(y)) or (s.op in ("sqrt", "log") and is_positive(x))
+        if s.op in GUARDS and not fine:
+            unsafe[s.target] = s.op
+    return unsafe

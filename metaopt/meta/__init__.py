@@ -1,0 +1,1 @@
+"""Meta-training: inner problems, gradient estimators, and the trainer."""

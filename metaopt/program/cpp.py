@@ -1,0 +1,364 @@
+"""Run a Program in place as generated C++: one pass over memory for all parameters, built by the compiler at hand.
+
+The library is plain C called through ctypes, with no torch or Python headers, so that a build takes a second. It uses
+the OpenMP threads that torch has already started. Nothing here is required: where there is no compiler, or a build
+fails, `compile_cpp` returns None and the caller runs `metaopt.program.inplace`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metaopt.program.inplace import COMPARISONS
+from metaopt.program.ops import OPS
+from metaopt.program.program import Arg, Program, Statement
+
+_TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+_OPENMP = "-fopenmp"
+_SERIAL_BELOW = 1 << 15
+"""Elements under which a second thread costs more than it saves."""
+
+_PREAMBLE = """\
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef _OPENMP
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
+#endif
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+typedef {compute} T;
+
+struct bf16 {{ uint16_t bits; }};
+static inline T load(const float x) {{ return T(x); }}
+static inline T load(const double x) {{ return T(x); }}
+static inline T load(const bf16 x) {{
+    const uint32_t wide = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return T(value);
+}}
+static inline void store(float& x, const T value) {{ x = float(value); }}
+static inline void store(double& x, const T value) {{ x = double(value); }}
+static inline void store(bf16& x, const T value) {{  // to nearest, ties to even; every NaN becomes the quiet one
+    const float narrow = float(value);
+    uint32_t wide;
+    std::memcpy(&wide, &narrow, 4);
+    const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+    x.bits = uint16_t(narrow != narrow ? 0x7fc0u : rounded);
+}}
+static inline T nan_max(const T a, const T b) {{ return (a != a || a > b) ? a : b; }}
+static inline T nan_min(const T a, const T b) {{ return (a != a || a < b) ? a : b; }}
+"""
+
+_DRIVER = """\
+
+// Tensor j of column k is pointers[k * count + j]. Each thread takes an equal share of all elements, cut at multiples
+// of 16 within a tensor so that no two threads write to one cache line.
+static void share(const int64_t count, void* const* pointers, const int64_t* sizes, const T* c,
+                  const int64_t from, const int64_t to) {
+    int64_t offset = 0;
+    for (int64_t j = 0; j < count && offset < to; offset += sizes[j], ++j) {
+        const int64_t size = sizes[j];
+        const int64_t begin = from <= offset ? 0 : (from - offset) / 16 * 16;
+        const int64_t end = to >= offset + size ? size : (to - offset) / 16 * 16;
+        if (begin < end) update(pointers + j, count, begin, end, c);
+    }
+}
+
+extern "C" void step(const int64_t count, void* const* pointers, const int64_t* sizes, const double* coefficients,
+                     const int threads) {
+    T c[COEFFICIENTS + 1];
+    for (int k = 0; k < COEFFICIENTS; ++k) c[k] = T(coefficients[k]);
+    int64_t total = 0;
+    for (int64_t j = 0; j < count; ++j) total += sizes[j];
+#ifdef _OPENMP
+    if (threads > 1 && total >= SERIAL_BELOW) {
+        #pragma omp parallel num_threads(threads)
+        {
+            const int64_t n = omp_get_num_threads(), k = omp_get_thread_num();
+            share(count, pointers, sizes, c, total * k / n, total * (k + 1) / n);
+        }
+        return;
+    }
+#endif
+    share(count, pointers, sizes, c, 0, total);
+}
+"""
+
+
+# -- source --------------------------------------------------------------------------------------------------------------
+
+
+def cpp_source(program: Program, param_type: str, grad_type: str, state_type: str) -> str:
+    """The C++ text of one step over many tensors.
+
+    Args:
+        program: what to run.
+        param_type, grad_type, state_type: ``float``, ``double`` or ``bf16``: how the tensors are stored. Arithmetic is
+            in double if the parameter is double, otherwise in float.
+
+    Returns:
+        Source that exports ``step(count, pointers, sizes, coefficients, threads)``.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    for name in (param_type, grad_type, state_type):
+        if name not in _TYPES.values():
+            raise ValueError(f"{name!r} is no storage type; choose from {', '.join(_TYPES.values())}")
+    compute = "double" if param_type == "double" else "float"
+    types = [param_type, grad_type, *[state_type] * (len(program.tensors) - 2)]
+    names = _names(program)
+    body = []
+    for k, (tensor, stored) in enumerate(zip(program.tensors, types, strict=True)):
+        const = "const " if k == 1 else ""
+        body.append(f"{const}{stored}* __restrict p{k} = static_cast<{const}{stored}*>(at[{k} * count]);")
+    body += [f"const T {names[name]} = c[{k}];" for k, name in enumerate(program.coefficients)]
+    body += ["INDEPENDENT", "for (int64_t i = begin; i < end; ++i) {"]
+    body += [f"    const T {names[tensor]} = load(p{k}[i]);" for k, tensor in enumerate(program.tensors)]
+    truths = {s.target for s in program.kernel if s.op in COMPARISONS}
+    body += [f"    {_statement(s, names, truths)}" for s in program.kernel]
+    outputs = (_value(out, names) for out in program.outputs)
+    columns = (0, *range(2, len(program.tensors)))
+    body += [f"    store(p{k}[i], T({out}));" for k, out in zip(columns, outputs, strict=True)]
+    signature = "void update(void* const* at, const int64_t count, const int64_t begin, const int64_t end, const T* c)"
+    lines = [f"static {signature} {{", *(f"    {line}" for line in [*body, "}"]), "}"]
+    driver = _DRIVER.replace("COEFFICIENTS", str(len(program.coefficients))).replace("SERIAL_BELOW", str(_SERIAL_BELOW))
+    return _PREAMBLE.format(compute=compute) + "\n" + "\n".join(lines) + "\n" + driver
+
+
+def _names(program: Program) -> dict[Arg, str]:
+    """Names that cannot meet a keyword, a macro or a letter that the compiler does not take."""
+    known = [*program.tensors, *program.coefficients, *(s.target for s in program.kernel)]
+    return {name: f"v_{name}" if name.isascii() else f"u{k}" for k, name in enumerate(known)}
+
+
+def _value(arg: Arg, names: Mapping[Arg, str]) -> str:
+    if isinstance(arg, str):
+        return names[arg]
+    if math.isnan(arg):
+        return "std::numeric_limits<T>::quiet_NaN()"
+    if math.isinf(arg):
+        return f"{'-' if arg < 0 else ''}std::numeric_limits<T>::infinity()"
+    return f"T({arg!r})"
+
+
+def _statement(s: Statement, names: Mapping[Arg, str], truths: Collection[Arg]) -> str:
+    """``const T target = ...;``; comparisons (``truths``) are bool and become numbers where one is asked for."""
+    numbers = [f"T({names[arg]})" if arg in truths else _value(arg, names) for arg in s.args]
+    kind, form = "T", OPS[s.op].cpp
+    if s.op in COMPARISONS:
+        kind = "bool"
+    elif s.op == "where":
+        numbers[0] = _value(s.args[0], names)
+    elif s.op == "pow":
+        form = _POWERS.get(s.args[1], form)
+    return f"const {kind} {names[s.target]} = {form.format(*numbers)};"
+
+
+_POWERS: dict[Arg, str] = {
+    0.0: "T(1)", 0.5: "std::sqrt({0})", 1.0: "{0}", 2.0: "({0} * {0})", 3.0: "({0} * {0} * {0})",
+    -0.5: "(T(1) / std::sqrt({0}))", -1.0: "(T(1) / {0})", -2.0: "(T(1) / ({0} * {0}))",
+}  # fmt: skip
+"""The exponents that torch does not hand to ``pow`` either."""
+
+
+# -- building ------------------------------------------------------------------------------------------------------------
+
+
+def compiler() -> str | None:
+    """The command of the C++ compiler to use, or None.
+
+    ``METAOPT_CXX`` decides where it is set (empty: none), then ``CXX``; otherwise the first of g++, c++ and clang++.
+    """
+    if os.name == "nt":
+        return None
+    return _find_compiler(os.environ.get("METAOPT_CXX"), os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@functools.lru_cache(maxsize=16)
+def _find_compiler(chosen: str | None, cxx: str | None, path: str | None) -> str | None:
+    candidates = [chosen] if chosen is not None else [cxx or "", "g++", "c++", "clang++"]
+    for command in candidates:
+        words = shlex.split(command)
+        if words and shutil.which(words[0], path=path):
+            return command
+    return None
+
+
+def compile_cpp(
+    program: Program, param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype
+) -> CppStep | None:
+    """The compiled step of ``program`` for tensors of these dtypes, or None where it cannot be had.
+
+    The library is kept in ``$METAOPT_CACHE_DIR`` (default: ``~/.cache/metaopt``) under a key of source, flags, compiler
+    and CPU. No compiler, or a dtype other than float32, float64 and bfloat16: None, silently. A build, a load or a
+    cache directory that fails: None, with one warning per process.
+    """
+    dtypes = (param_dtype, grad_dtype, state_dtype)
+    command = compiler()
+    if command is None or any(dtype not in _TYPES for dtype in dtypes):
+        return None
+    return _compile(program, dtypes, command, os.environ.get("METAOPT_CACHE_DIR"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile(
+    program: Program, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], command: str, cache: str | None
+) -> CppStep | None:
+    source = cpp_source(program, *(_TYPES[dtype] for dtype in dtypes))
+    directory = Path(cache) if cache else Path(os.path.expanduser("~")) / ".cache" / "metaopt"
+    problem: Exception | None = None
+    for openmp in (True, False):  # without: where torch has loaded no OpenMP that this compiler's code can use
+        try:
+            return CppStep(program, _load(source, command, directory, openmp))
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = error
+    _warn(f"{type(problem).__name__}: {problem}")
+    return None
+
+
+@functools.cache
+def _warn_once() -> None:
+    pass
+
+
+def _warn(problem: str) -> None:
+    if _warn_once.cache_info().currsize:
+        return
+    _warn_once()
+    warnings.warn(
+        f"no C++ step: {problem.strip()[:2000]}\nmetaopt falls back to torch operations, which are slower; set "
+        "METAOPT_CXX to a working compiler, METAOPT_CACHE_DIR to a writable directory, or METAOPT_CXX='' to silence this",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _load(source: str, command: str, directory: Path, openmp: bool) -> ctypes.CDLL:
+    """Build unless the cache has it, and load; a cached library that does not load is built anew, once."""
+    flags = (*_FLAGS, _OPENMP) if openmp else _FLAGS
+    key = hashlib.sha256("\0".join((source, *flags, command, _version(command), _cpu())).encode()).hexdigest()[:32]
+    library = directory / f"step-{key}.so"
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            library.unlink()
+    directory.mkdir(parents=True, exist_ok=True)
+    _build(source, shlex.split(command), flags, library)
+    return ctypes.CDLL(str(library))
+
+
+def _build(source: str, command: list[str], flags: Sequence[str], library: Path) -> None:
+    """Compile to a temporary file beside ``library`` and move it there, so that no process sees half a library."""
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
+        text, unit, shared = (str(Path(scratch) / name) for name in ("step.cpp", "step.o", "step.so"))
+        Path(text).write_text(source)
+        # Linked without -fopenmp, so that its symbols resolve to the OpenMP runtime, and thread pool, that torch loaded.
+        _run([*command, *flags, "-c", text, "-o", unit])
+        undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+        _run([*command, "-shared", *undefined, unit, "-o", shared])
+        os.replace(shared, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise OSError(f"{shlex.join(command)} failed:\n{done.stderr}")
+
+
+@functools.lru_cache(maxsize=16)
+def _version(command: str) -> str:
+    done = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60)
+    return done.stdout
+
+
+@functools.cache
+def _cpu() -> str:
+    """Model and instruction sets: code built with -march=native for one CPU may be illegal on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return " ".join((platform.platform(), platform.machine(), platform.processor()))
+    facts = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features", "isa")
+    return " ".join((platform.machine(), *(facts.get(name, "") for name in wanted)))
+
+
+# -- running -------------------------------------------------------------------------------------------------------------
+
+
+class CppStep:
+    """One step of a program over many CPU tensors: ``step(columns, coefficients)``.
+
+    ``columns`` holds, per name in ``program.tensors``, a list of tensors; ``coefficients`` are the floats of
+    ``program.scalar_values``. Parameters and slots are updated in place; gradients are only read. The call trusts that
+    the dtypes are those of `compile_cpp` and that `fits` holds: check once when the lists are made.
+    """
+
+    def __init__(self, program: Program, library: ctypes.CDLL) -> None:
+        self.program = program
+        self._names = program.coefficients
+        self._function = library.step
+        self._function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
+        self._function.restype = None
+
+    @staticmethod
+    def fits(tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors of one parameter (itself, its gradient, its slots) can be walked as flat memory.
+
+        They must be dense CPU tensors with the same shape and strides; contiguous ones are.
+        """
+        first = tensors[0]
+        return all(
+            tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+            and tensor.shape == first.shape
+            and (tensor.is_contiguous() if first.is_contiguous() else tensor.stride() == first.stride())
+            for tensor in tensors
+        ) and (first.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(first))
+
+    def __call__(self, columns: Sequence[Sequence[Tensor]], coefficients: Mapping[str, float]) -> None:
+        params = columns[0]
+        pointers = array("Q", map(Tensor.data_ptr, chain.from_iterable(columns)))
+        sizes = array("q", map(Tensor.numel, params))
+        scalars = array("d", [coefficients[name] for name in self._names])
+        self._function(
+            len(params),
+            pointers.buffer_info()[0],
+            sizes.buffer_info()[0],
+            scalars.buffer_info()[0],
+            torch.get_num_threads(),
+        )
+        # Autograd must notice, as it does after torch's own steps, if a graph still holds the old parameter.
+        torch.autograd.graph.increment_version(params)

@@ -1,0 +1,58 @@
+"""What this plugin offers: hand-designed optimizers."""
+
+from __future__ import annotations
+
+from metaopt.hookspecs import Spec, hookimpl
+
+
+@hookimpl
+def metaopt_optimizers() -> list[Spec]:
+    """One spec for each name that a user may type."""
+    heavy_ball = "Sutskever et al., 2013, https://proceedings.mlr.press/v28/sutskever13.html"
+    return [
+        Spec(
+            "sgd", "metaopt_classic.sgd:SGD",
+            "stochastic gradient descent",
+            ("elementwise",), "Robbins and Monro, 1951, https://doi.org/10.1214/aoms/1177729586",
+        ),
+        Spec(
+            "momentum", "metaopt_classic.sgd:SGD",
+            "SGD with heavy-ball momentum 0.9",
+            ("elementwise",), heavy_ball, {"momentum": 0.9},
+        ),
+        Spec(
+            "nesterov", "metaopt_classic.sgd:SGD",
+            "SGD with Nesterov momentum 0.9",
+            ("elementwise",), heavy_ball, {"momentum": 0.9, "nesterov": True},
+        ),
+        Spec(
+            "adam", "metaopt_classic.adam:Adam",
+            "bias-corrected first and second moments, L2 weight decay",
+            ("elementwise", "adaptive"), "Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980",
+        ),
+        Spec(
+            "adamw", "metaopt_classic.adam:AdamW",
+            "Adam with decoupled weight decay",
+            ("elementwise", "adaptive"), "Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101",
+        ),
+        Spec(
+            "amsgrad", "metaopt_classic.adam:AMSGrad",
+            "Adam whose second moment never shrinks",
+            ("elementwise", "adaptive"), "Reddi, Kale and Kumar, 2018, https://arxiv.org/abs/1904.09237",
+        ),
+        Spec(
+            "lion", "metaopt_classic.lion:Lion",
+            "sign of an interpolated momentum, decoupled weight decay",
+            ("elementwise", "sign"), "Chen et al., 2023, https://arxiv.org/abs/2302.06675",
+        ),
+        Spec(
+            "adafactor", "metaopt_classic.adafactor:Adafactor",
+            "second moments factored into rows and columns",
+            ("matrix", "adaptive"), "Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235",
+        ),
+        Spec(
+            "muon", "metaopt_classic.muon:Muon",
+            "orthogonalised momentum for hidden matrices, AdamW elsewhere",
+            ("matrix",), "Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/",
+        ),
+    ]  # fmt: skip
