@@ -16,7 +16,7 @@ from typing import Any, ClassVar, dataclass_transform
 import torch
 from torch import Tensor
 
-from metaopt.space import Hyper, Option, declarations, hyper, option
+from metaopt.space import Hyper, Option, declarations
 
 Params = dict[str, Tensor]
 State = dict[str, Any]
@@ -133,7 +133,7 @@ def hp_of(hp: HyperValues, param: str) -> HyperValues:
     return hp.of(param) if isinstance(hp, PerParameter) else hp
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(hyper, option))
+@dataclass_transform(frozen_default=True)
 class Declared:
     """A frozen dataclass whose fields are hyperparameters, options and nested parts; subclassing makes the dataclass."""
 

@@ -8,8 +8,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from metaopt import registry
-from metaopt.learned import BoundRule
 from metaopt.program import trace
 from metaopt.program.cpp import compile_cpp, compiler
 from metaopt.program.inplace import compile_in_place
@@ -25,6 +23,7 @@ from metaopt.rule import (
     flat_hp,
     infer_info,
 )
+from metaopt.resolve import resolve_rule
 from metaopt.space import Option, validate_all
 
 Execution = Literal["auto", "cpp", "foreach", "loop", "plain"]
@@ -47,7 +46,8 @@ def optimizer(
     """A ``torch.optim.Optimizer`` that runs ``rule``.
 
     Args:
-        rule: a registered name (``metaopt list optimizers``), or an `UpdateRule`.
+        rule: an `UpdateRule`, or what `metaopt.resolve.resolve_rule` takes: a registered name (``metaopt list
+            optimizers``), ``file.py:Rule``, or a directory or file of trained meta-parameters.
         params: as for torch: tensors, ``model.named_parameters()`` or group dicts (which may set hyperparameters and
             ``role``); or a module, from which the roles of parameters (hidden, embedding, output, ...) are read.
         execution: how elementwise rules run; "auto" chooses by size and machine.
@@ -57,13 +57,9 @@ def optimizer(
     Raises:
         ValueError, TypeError: an unknown name, or a hyperparameter outside its domain.
     """
-    if isinstance(rule, str):
-        found = registry.create("optimizer", rule)
-        if not isinstance(found, UpdateRule):
-            raise TypeError(f"{rule!r} is no update rule but a {type(found).__name__}; see metaopt list optimizers")
-        rule = found
-    validate_all(rule.declared(), hyperparameters, type(rule).__name__)
-    rule = rule.replaced(**hyperparameters)
+    if not isinstance(rule, str):
+        validate_all(rule.declared(), hyperparameters, type(rule).__name__)
+    rule = resolve_rule(rule, **hyperparameters)
     return RuleOptimizer(rule, _module_groups(params) if isinstance(params, nn.Module) else params, execution, horizon)
 
 
@@ -341,13 +337,3 @@ def _module_groups(module: nn.Module) -> list[dict[str, Any]]:
     for name, p in module.named_parameters():
         groups.setdefault(roles.get(name, "hidden"), []).append((name, p))
     return [{"params": named, "role": role} for role, named in groups.items()]
-
-
-def load_rule(name: str, theta: dict[str, Tensor] | None = None, **arguments: Any) -> UpdateRule:
-    """A rule by registered name or file reference; a learned one needs its ``theta``."""
-    learned = registry.specs("learned_optimizer")
-    if name in learned:
-        if theta is None:
-            raise ValueError(f"{name} is a learned optimizer; give its theta (metaopt meta-train makes one)")
-        return BoundRule(registry.create("learned_optimizer", name, **arguments), theta)
-    return registry.create("optimizer", name, **arguments)

@@ -77,7 +77,7 @@ def _constant(value: torch.Tensor) -> float | None:
 def update_function(rule: ElementwiseRule, name: str) -> tuple[str, list[str]]:
     """The update of one tensor as a function, and the `GUARDS` that it calls."""
     program = trace(rule)
-    guarded = {target: op for target, op in _unsafe(program, _domains(rule)).items()}
+    guarded = _unsafe(program, _domains(rule))
     doc = "New values of one tensor and its state."
     if "t" in _used(program):
         doc = "New values of one tensor and its state; ``t`` counts its updates from 1."
@@ -87,7 +87,7 @@ def update_function(rule: ElementwiseRule, name: str) -> tuple[str, list[str]]:
 def _wrapped(source: str) -> str:
     """A signature that is too long gets one line for tensors and one for scalars."""
     first, _, body = source.partition("\n")
-    if len(first) <= 112:
+    if len(first) <= 110:
         return source
     head, _, arguments = first.removesuffix("):").partition("(")
     lines = [f"    {part}," for part in arguments.replace(", *, ", "|*, ").split("|")]
@@ -95,11 +95,11 @@ def _wrapped(source: str) -> str:
 
 
 def _broken(line: str) -> list[str]:
-    """``line`` cut at commas into lines of at most 112 columns."""
+    """``line`` cut at commas into lines of at most 100 columns."""
     indent = line[: len(line) - len(line.lstrip())]
     cut: list[str] = []
     for item in line.strip().removesuffix(",").split(", "):
-        if cut and len(cut[-1]) + len(item) + 2 <= 112:
+        if cut and len(cut[-1]) + len(item) + 2 <= 100:
             cut[-1] += f" {item},"
         else:
             cut.append(f"{indent}{item},")
@@ -161,13 +161,12 @@ def _unsafe(program: Program, domains: Mapping[str, Hyper]) -> dict[str, str]:
         x, *rest = s.args
         y = rest[0] if rest else x
         both = is_positive(x) and is_positive(y)
-        if s.op in ("add", "mul", "div", "pow", "sqrt", "exp", "maximum") and both or s.op == "exp":
-            positive.add(s.target)
-        if s.op == "sub" and x == 1.0 and y in below_one:
+        complement = s.op == "sub" and x == 1.0 and y in below_one
+        if s.op in ("add", "mul", "div", "sqrt") and both or s.op == "pow" and is_positive(x) or complement:
             positive.add(s.target)
         if (s.op == "pow" and x in below_one and is_positive(y)) or (s.op == "mul" and x in below_one and y in below_one):
             below_one.add(s.target)
-        fine = (s.op == "div" and is_positive(y)) or (s.op in ("sqrt", "log") and is_positive(x))
+        fine = (s.op == "div" and (is_positive(y) or isinstance(y, float) and y != 0)) or (s.op in ("sqrt", "log") and is_positive(x))
         if s.op in GUARDS and not fine:
             unsafe[s.target] = s.op
     return unsafe

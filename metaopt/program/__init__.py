@@ -1,8 +1,26 @@
 """The expression language: ops, programs, tracing a rule, running it, writing it as source."""
 
+from metaopt.program.cpp import CppStep, compile_cpp, compiler, cpp_source
+from metaopt.program.inplace import compile_in_place, in_place_source
 from metaopt.program.ops import OPS, Op
 from metaopt.program.program import Program, Statement, evaluate
 from metaopt.program.source import python_source
 from metaopt.program.trace import TraceError, trace, where
 
-__all__ = ["OPS", "Op", "Program", "Statement", "TraceError", "evaluate", "python_source", "trace", "where"]
+__all__ = [
+    "OPS",
+    "CppStep",
+    "Op",
+    "Program",
+    "Statement",
+    "TraceError",
+    "compile_cpp",
+    "compile_in_place",
+    "compiler",
+    "cpp_source",
+    "evaluate",
+    "in_place_source",
+    "python_source",
+    "trace",
+    "where",
+]

@@ -21,6 +21,7 @@ import warnings
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ extern "C" void step(const int64_t count, void* const* pointers, const int64_t* 
 """
 
 
-# -- source --------------------------------------------------------------------------------------------------------------
+# -- source ------------------------------------------------------------------------------------------------------------
 
 
 def cpp_source(program: Program, param_type: str, grad_type: str, state_type: str) -> str:
@@ -120,8 +121,10 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
 
     Args:
         program: what to run.
-        param_type, grad_type, state_type: ``float``, ``double`` or ``bf16``: how the tensors are stored. Arithmetic is
-            in double if the parameter is double, otherwise in float.
+        param_type: how parameters are stored: ``float``, ``double`` or ``bf16``. Arithmetic is in double if they are
+            double, otherwise in float.
+        grad_type: how gradients are stored.
+        state_type: how the slots are stored.
 
     Returns:
         Source that exports ``step(count, pointers, sizes, coefficients, threads)``.
@@ -136,7 +139,7 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
     types = [param_type, grad_type, *[state_type] * (len(program.tensors) - 2)]
     names = _names(program)
     body = []
-    for k, (tensor, stored) in enumerate(zip(program.tensors, types, strict=True)):
+    for k, stored in enumerate(types):
         const = "const " if k == 1 else ""
         body.append(f"{const}{stored}* __restrict p{k} = static_cast<{const}{stored}*>(at[{k} * count]);")
     body += [f"const T {names[name]} = c[{k}];" for k, name in enumerate(program.coefficients)]
@@ -189,7 +192,7 @@ _POWERS: dict[Arg, str] = {
 """The exponents that torch does not hand to ``pow`` either."""
 
 
-# -- building ------------------------------------------------------------------------------------------------------------
+# -- building ----------------------------------------------------------------------------------------------------------
 
 
 def compiler() -> str | None:
@@ -218,8 +221,8 @@ def compile_cpp(
     """The compiled step of ``program`` for tensors of these dtypes, or None where it cannot be had.
 
     The library is kept in ``$METAOPT_CACHE_DIR`` (default: ``~/.cache/metaopt``) under a key of source, flags, compiler
-    and CPU. No compiler, or a dtype other than float32, float64 and bfloat16: None, silently. A build, a load or a
-    cache directory that fails: None, with one warning per process.
+    and CPU. No compiler, or a dtype other than float32, float64 and bfloat16 (compilers do not vectorise fp16): None,
+    silently. A build, a load or a cache directory that fails: None, with one warning per process.
     """
     dtypes = (param_dtype, grad_dtype, state_dtype)
     command = compiler()
@@ -237,25 +240,24 @@ def _compile(
     problem: Exception | None = None
     for openmp in (True, False):  # without: where torch has loaded no OpenMP that this compiler's code can use
         try:
-            return CppStep(program, _load(source, command, directory, openmp))
+            return CppStep(program, dtypes, _load(source, command, directory, openmp))
         except (OSError, subprocess.SubprocessError) as error:
             problem = error
     _warn(f"{type(problem).__name__}: {problem}")
     return None
 
 
-@functools.cache
-def _warn_once() -> None:
-    pass
+_warned = False
 
 
 def _warn(problem: str) -> None:
-    if _warn_once.cache_info().currsize:
+    global _warned
+    if _warned:
         return
-    _warn_once()
+    _warned = True
     warnings.warn(
         f"no C++ step: {problem.strip()[:2000]}\nmetaopt falls back to torch operations, which are slower; set "
-        "METAOPT_CXX to a working compiler, METAOPT_CACHE_DIR to a writable directory, or METAOPT_CXX='' to silence this",
+        "METAOPT_CXX to a working compiler, METAOPT_CACHE_DIR to a writable directory, or METAOPT_CXX='' for silence",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -281,7 +283,7 @@ def _build(source: str, command: list[str], flags: Sequence[str], library: Path)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
         text, unit, shared = (str(Path(scratch) / name) for name in ("step.cpp", "step.o", "step.so"))
         Path(text).write_text(source)
-        # Linked without -fopenmp, so that its symbols resolve to the OpenMP runtime, and thread pool, that torch loaded.
+        # linked without -fopenmp: its symbols resolve to the OpenMP runtime, and so the threads, that torch has loaded
         _run([*command, *flags, "-c", text, "-o", unit])
         undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         _run([*command, "-shared", *undefined, unit, "-o", shared])
@@ -307,15 +309,15 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return " ".join((platform.platform(), platform.machine(), platform.processor()))
-    facts = {}
+    facts: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
-    wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features", "isa")
+    wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features")
     return " ".join((platform.machine(), *(facts.get(name, "") for name in wanted)))
 
 
-# -- running -------------------------------------------------------------------------------------------------------------
+# -- running -----------------------------------------------------------------------------------------------------------
 
 
 class CppStep:
@@ -323,30 +325,38 @@ class CppStep:
 
     ``columns`` holds, per name in ``program.tensors``, a list of tensors; ``coefficients`` are the floats of
     ``program.scalar_values``. Parameters and slots are updated in place; gradients are only read. The call trusts that
-    the dtypes are those of `compile_cpp` and that `fits` holds: check once when the lists are made.
+    `fits` holds: it hands bare addresses to C++.
+
+    Attributes:
+        program: what it runs.
+        dtypes: of parameters, gradients and slots.
     """
 
-    def __init__(self, program: Program, library: ctypes.CDLL) -> None:
+    def __init__(
+        self, program: Program, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], library: ctypes.CDLL
+    ) -> None:
         self.program = program
+        self.dtypes = dtypes
         self._names = program.coefficients
         self._function = library.step
         self._function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
         self._function.restype = None
 
-    @staticmethod
-    def fits(tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors of one parameter (itself, its gradient, its slots) can be walked as flat memory.
+    def fits(self, columns: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether the step may run on ``columns``.
 
-        They must be dense CPU tensors with the same shape and strides; contiguous ones are.
+        The tensors must be on the CPU, have the dtypes of this step and be dense; and those of one parameter must agree
+        in shape and, unless they are contiguous, in strides. Each column is taken to live on one device.
         """
-        first = tensors[0]
-        return all(
-            tensor.layout == torch.strided
-            and tensor.device.type == "cpu"
-            and tensor.shape == first.shape
-            and (tensor.is_contiguous() if first.is_contiguous() else tensor.stride() == first.stride())
-            for tensor in tensors
-        ) and (first.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(first))
+        sizes = [*map(Tensor.numel, columns[0])]
+        for k, column in enumerate(columns):
+            if {*map(_dtype, column)} - {self.dtypes[min(k, 2)]} or not all(t.is_cpu for t in column[:1]):
+                return False
+            if k and [*map(Tensor.numel, column)] != sizes:
+                return False
+        if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+            return True
+        return all(_same_layout(tensors) for tensors in zip(*columns, strict=True))
 
     def __call__(self, columns: Sequence[Sequence[Tensor]], coefficients: Mapping[str, float]) -> None:
         params = columns[0]
@@ -360,5 +370,17 @@ class CppStep:
             scalars.buffer_info()[0],
             torch.get_num_threads(),
         )
-        # Autograd must notice, as it does after torch's own steps, if a graph still holds the old parameter.
+        # autograd must notice, as it does after torch's own steps, if a graph still holds the old parameter
         torch.autograd.graph.increment_version(params)
+
+
+_dtype = attrgetter("dtype")
+
+
+def _same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether one walk over flat memory meets the same element in all of them."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return True
+    strides = tensors[0].stride()
+    order = sorted(range(len(strides)), key=lambda d: -strides[d])
+    return all(t.stride() == strides for t in tensors) and tensors[0].permute(order).is_contiguous()

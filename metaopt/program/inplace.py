@@ -156,7 +156,8 @@ class _Selection:
                 self._emit_where(s)
             else:
                 self._emit(s)
-        return self.calls, tuple(out if self._is_scalar(out) else self._number(str(out)) for out in self.program.outputs)
+        outputs = tuple(out if self._is_scalar(out) else self._number(str(out)) for out in self.program.outputs)
+        return self.calls, outputs
 
     def _is_scalar(self, arg: Arg) -> bool:
         return isinstance(arg, float) or arg in self.program.scalar_names
