@@ -49,7 +49,8 @@ def save_theta(path: Path | str, name: str, learned: LearnedRule, theta: Theta) 
     """Write meta-parameters with the name and options of their learned rule; `load_theta` needs nothing else."""
     declared = learned.declared()
     options = {key: value for key, value in learned.values().items() if isinstance(declared[key], Option)}
-    metadata = {"learned_optimizer": name, "options": json.dumps(options)}
+    # one key: safetensors writes several in random order, and equal runs must give equal files
+    metadata = {"metaopt": json.dumps({"learned_optimizer": name, "options": options})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in theta.items()}
     return write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -67,7 +68,7 @@ def load_theta(path: Path | str) -> BoundRule:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         theta = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    if "learned_optimizer" not in metadata:
+    if "metaopt" not in metadata:
         raise ValueError(f"{path} does not say which learned optimizer it belongs to; write it with save_theta")
-    options = json.loads(metadata["options"])
-    return registry.create("learned_optimizer", metadata["learned_optimizer"], **options).bind(theta)
+    written = json.loads(metadata["metaopt"])
+    return registry.create("learned_optimizer", written["learned_optimizer"], **written["options"]).bind(theta)
