@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metaopt.evaluate.race import race
-    from metaopt.export import export_rule
+    from metaopt.export import write_module
     from metaopt.hookspecs import Spec, hookimpl
     from metaopt.learned import LearnedRule
     from metaopt.program import where
@@ -38,7 +38,6 @@ __all__ = [
     "UpdateRule",
     "__version__",
     "create",
-    "export_rule",
     "get",
     "hookimpl",
     "hyper",
@@ -48,11 +47,12 @@ __all__ = [
     "race",
     "specs",
     "where",
+    "write_module",
 ]
 
 _HOMES = {
     "metaopt.evaluate": "race",
-    "metaopt.export": "export_rule",
+    "metaopt.export": "write_module",
     "metaopt.hookspecs": "Spec hookimpl",
     "metaopt.learned": "LearnedRule",
     "metaopt.program": "where",

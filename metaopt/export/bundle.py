@@ -46,6 +46,17 @@ class _Kind:
         """The classes whose code is copied."""
         return [c for c in self.cls.__mro__ if c not in _MACHINERY and c.__module__ not in ("abc", "typing")]
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the update is printed from a Program."""
+        return issubclass(self.cls, ElementwiseRule)
+
+    @property
+    def ordered_fields(self) -> list[str]:
+        """What ``__init__`` takes, as declared."""
+        declared = [f.name for f in fields(self.cls) if f.name in self.fields]
+        return [*declared, *sorted(set(self.fields) - set(declared))]
+
 
 class Bundle:
     """The code that one rule reaches, and the expression that makes the rule.
@@ -67,9 +78,8 @@ class Bundle:
         self._method_uses: dict[tuple[type, str], SelfUses] = {}
         self._loose: set[str] = set()
         roots = {type(part).__module__.split(".")[0] for part in _all_parts(rule)}
-        self.names = Names(self, {*reserved, *(thing.__name__ for thing in also)}, roots)
-        for thing in also:
-            self.names.force(thing)
+        self.names = Names(self, reserved, roots)
+        self.names.copy(also)
         kind = self.kind_of(rule)
         for entry in ("init", "update"):
             self.reach(kind, entry)
@@ -78,6 +88,7 @@ class Bundle:
         self.expression = self._construct(rule, top=True)
         for kind in self._kinds:
             self._define(kind)
+        self.names.define_instances()
 
     @property
     def imports(self) -> set[str]:
@@ -101,7 +112,7 @@ class Bundle:
                     for attribute in kind.fields:
                         self._follow(getattr(rule, attribute))
                 return kind
-        kind = _Kind(type(rule), self.names.claim(type(rule).__name__), [rule])
+        kind = _Kind(type(rule), self.names.claim(type(rule).__name__, f"{type(rule).__name__}Rule"), [rule])
         self._kinds.append(kind)
         return kind
 
@@ -111,7 +122,7 @@ class Bundle:
             return
         kind.reached.add(attribute)
         owner = next((c for c in kind.mro if attribute in vars(c)), None)
-        if issubclass(kind.cls, ElementwiseRule) and attribute in ("update_tensor", "init_tensor") and owner in (None, TensorRule):
+        if kind.is_elementwise and attribute in ("update_tensor", "init_tensor") and owner in (None, TensorRule):
             self._print_elementwise(kind, attribute)
             return
         is_field = any(attribute == f.name for f in fields(kind.cls))
@@ -122,21 +133,18 @@ class Bundle:
             kind.fields.append(attribute)
             for rule in kind.instances:
                 self._follow(getattr(rule, attribute))
-        elif any(attribute in vars(c) for c in _MACHINERY) and owner is None and _function(getattr(kind.cls, attribute, None)):
+        elif owner is None and _function(getattr(kind.cls, attribute, None)) is not None:
             raise ExportError(
                 f"{kind.cls.__name__} uses self.{attribute}, a part of metaopt's declarations that no exported file has"
             )
         elif hasattr(kind.cls, attribute):
-            value = getattr(kind.cls, attribute)
-            place = kind.own if issubclass(kind.cls, ElementwiseRule) or owner is None else self._members.setdefault(owner, {})
-            place[attribute] = f"{attribute} = {self._value(value, f'{kind.cls.__name__}.{attribute}')}"
+            value = self._value(getattr(kind.cls, attribute), f"{kind.cls.__name__}.{attribute}")
+            self._place(kind, owner)[attribute] = f"{attribute} = {value}"
         else:
             raise ExportError(f"{kind.cls.__name__} uses self.{attribute}, which it does not have")
 
     def _method(self, kind: _Kind, owner: type, attribute: str) -> None:
-        place = kind.own if issubclass(kind.cls, ElementwiseRule) and owner is not TensorRule else self._members.setdefault(owner, {})
-        if attribute in kind.own and place is kind.own:
-            return
+        place = self._place(kind, owner)
         if (owner, attribute) not in self._method_uses or attribute not in place:
             function = _function(vars(owner)[attribute])
             assert function is not None
@@ -145,16 +153,22 @@ class Bundle:
             place[attribute] = text
         found = self._method_uses[owner, attribute]
         self._loose |= found.others
-        for chain in found.chains:
+        for chain in sorted(found.chains):
             self._chain(kind, chain)
-        for name in found.supers:
+        for name in sorted(found.supers):
             following = kind.mro[kind.mro.index(owner) + 1 :]
             base = next((c for c in following if name in vars(c)), None)
-            if base is None or issubclass(kind.cls, ElementwiseRule):
+            if base is None or kind.is_elementwise:
                 raise ExportError(
                     f"{owner.__name__}.{attribute} calls super().{name}, which is metaopt's own machinery; write it out"
                 )
             self._method(kind, base, name)
+
+    def _place(self, kind: _Kind, owner: type | None) -> dict[str, str]:
+        """Where a member goes: what is printed of an elementwise rule belongs to its kind, all else to its class."""
+        if owner is None or (kind.is_elementwise and owner is not TensorRule):
+            return kind.own
+        return self._members.setdefault(owner, {})
 
     def _chain(self, kind: _Kind, chain: tuple[str, ...]) -> None:
         first, *rest = chain
@@ -209,9 +223,8 @@ class Bundle:
         self.names.define(Definition(kind.function, source, "function"))
         for guard in guards:
             self.names.define(Definition(f"_{guard}", GUARDS[guard], "function"))
-        new = [f"new_{slot}" for slot in rule.slots]
-        call = call_lines(rule, kind.function, "new_param", "param", "grad", "slots", "hp", "float(t)")
-        call = [line.replace(f'new_param, {", ".join(_entries(rule.slots))} =', f"{', '.join(['new_param', *new])} =") for line in call]
+        targets = ", ".join(["new_param", *(f"new_{slot}" for slot in rule.slots)])
+        call = call_lines(rule, kind.function, targets, ["param", "grad", *_entries(rule.slots)], "hp", "float(t)")
         items = ", ".join(f'"{slot}": new_{slot}' for slot in rule.slots)
         body = [*call, f"return new_param, {{{items}}}"]
         arguments = "self, grad, slots, param, hp, t, info"
@@ -223,11 +236,9 @@ class Bundle:
         """The class of a kind, after its bases."""
         own = dict(kind.own)
         if kind.fields:
-            ordered = [f.name for f in fields(kind.cls) if f.name in kind.fields]
-            ordered += [name for name in kind.fields if name not in ordered]
-            body = [f"self.{name} = {name}" for name in ordered]
-            own = {"__init__": _function_text("__init__", ", ".join(["self", *ordered]), "", body), **own}
-        if issubclass(kind.cls, ElementwiseRule):
+            body = [f"self.{name} = {name}" for name in kind.ordered_fields]
+            own = {"__init__": _function_text("__init__", ", ".join(["self", *kind.ordered_fields]), "", body), **own}
+        if kind.is_elementwise:
             bases = [c for c in kind.mro if c in self._members]
         else:
             bases = self._kept_bases(kind.cls)
@@ -255,13 +266,14 @@ class Bundle:
         head = f"class {name}({', '.join(base_names)}):" if base_names else f"class {name}:"
         parts = [part for part in (doc, "\n".join(constants), *methods) if part]
         body = textwrap.indent("\n\n".join(parts or ["pass"]), "    ")
-        self.names.define(Definition(name, f"{head}\n{body}", "class", set(base_names)))
+        support = cls.__module__ == "metaopt.rule"
+        self.names.define(Definition(name, f"{head}\n{body}", "class", set(base_names), support))
 
     def _construct(self, rule: Declared, *, top: bool) -> str:
         kind = self.kind_of(rule)
         declared = rule.declared()
         arguments = []
-        for name in kind.fields:
+        for name in kind.ordered_fields:
             value = getattr(rule, name)
             if top and isinstance(declared.get(name), Hyper):
                 self.needs.add("defaults")
@@ -277,7 +289,8 @@ class Bundle:
     def _value(self, value: Any, what: str, top: bool = False) -> str:
         if isinstance(value, Declared):
             return self._construct(value, top=top)
-        if isinstance(value, Tensor) or (isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())):
+        is_theta = isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
+        if isinstance(value, Tensor) or is_theta:
             return self._tensors(value, what.rpartition(".")[2])
         if isinstance(value, (tuple, list)):
             entries = [self._value(entry, what, top) for entry in value]

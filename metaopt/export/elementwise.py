@@ -106,8 +106,8 @@ def _broken(line: str) -> list[str]:
     return cut
 
 
-def call_lines(rule: ElementwiseRule, function: str, target: str, param: str, grad: str, slots: str, hp: str, t: str) -> list[str]:
-    """``target, slots[...] = function(...)`` on values of ``hp``, with the tuples among them unpacked before."""
+def call_lines(rule: ElementwiseRule, function: str, targets: str, tensors: list[str], hp: str, t: str) -> list[str]:
+    """``targets = function(*tensors, ...)`` on values of ``hp``, with the tuples among them unpacked before."""
     used = _used(trace(rule))
     lines, scalars = [], []
     for name, value in rule.hp.items():
@@ -119,10 +119,8 @@ def call_lines(rule: ElementwiseRule, function: str, target: str, param: str, gr
         elif name in used:
             scalars.append(f'{name}=float({hp}["{name}"])')
     scalars += [f"t={t}"] if "t" in used else []
-    entries = [f'{slots}["{slot}"]' for slot in rule.slots]
-    head = f"{', '.join([target, *entries])} = {function}("
-    arguments = [*_broken(f"    {', '.join([param, grad, *entries])}"), *(_broken(f"    {', '.join(scalars)}") if scalars else [])]
-    return [*lines, head, *arguments, ")"]
+    arguments = [line for part in (tensors, scalars) if part for line in _broken(f"    {', '.join(part)}")]
+    return [*lines, f"{targets} = {function}(", *arguments, ")"]
 
 
 def flat_names(name: str, value: tuple[float, ...]) -> list[str]:
@@ -160,13 +158,16 @@ def _unsafe(program: Program, domains: Mapping[str, Hyper]) -> dict[str, str]:
     for s in program.prelude:
         x, *rest = s.args
         y = rest[0] if rest else x
-        both = is_positive(x) and is_positive(y)
-        complement = s.op == "sub" and x == 1.0 and y in below_one
-        if s.op in ("add", "mul", "div", "sqrt") and both or s.op == "pow" and is_positive(x) or complement:
+        if s.op in ("add", "mul", "div", "sqrt"):
+            above_zero = is_positive(x) and is_positive(y)
+        else:
+            above_zero = (s.op == "pow" and is_positive(x)) or (s.op == "sub" and x == 1.0 and y in below_one)
+        if above_zero:
             positive.add(s.target)
-        if (s.op == "pow" and x in below_one and is_positive(y)) or (s.op == "mul" and x in below_one and y in below_one):
+        if x in below_one and ((s.op == "pow" and is_positive(y)) or (s.op == "mul" and y in below_one)):
             below_one.add(s.target)
-        fine = (s.op == "div" and (is_positive(y) or isinstance(y, float) and y != 0)) or (s.op in ("sqrt", "log") and is_positive(x))
+        nonzero = is_positive(y) or (isinstance(y, float) and y != 0)
+        fine = nonzero if s.op == "div" else s.op != "exp" and is_positive(x)
         if s.op in GUARDS and not fine:
             unsafe[s.target] = s.op
     return unsafe

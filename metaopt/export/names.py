@@ -38,6 +38,7 @@ class Definition:
     text: str
     category: str
     eager: set[str] = field(default_factory=set)
+    support: bool = False  # metaopt's own contracts: told last
 
 
 class _Rules(Protocol):
@@ -69,18 +70,31 @@ class Names:
 
     # --- definitions ----------------------------------------------------------------------------------------------
 
-    def claim(self, wanted: str) -> str:
-        """A free name."""
+    def claim(self, wanted: str, otherwise: str = "") -> str:
+        """A free name: ``wanted``, or else ``otherwise``, or else with a number."""
         name, count = wanted, 2
         while name in self._taken or hasattr(builtins, name):
-            name, count = f"{wanted}_{count}", count + 1
+            if otherwise and name == wanted:
+                name = otherwise
+            else:
+                name, count = f"{wanted}_{count}", count + 1
         self._taken.add(name)
         return name
 
-    def force(self, thing: Any) -> None:
-        """Copy a function or class under its own name, which was reserved for it."""
-        self._taken.discard(thing.__name__)
-        self._copy(thing, thing.__name__)
+    def copy(self, things: Iterable[Any]) -> None:
+        """Make functions and classes part of the file, under their own names."""
+        things = list(things)
+        for thing in things:
+            self._named[id(thing)] = thing.__name__
+            self._taken.add(thing.__name__)
+        for thing in things:
+            self._copy(thing, thing.__name__)
+
+    def define_instances(self) -> None:
+        """Define the rules that are constants of modules, when all that they reach is known."""
+        for name, rule in self._instances:
+            text = f"{name} = {self._rules.instance(rule)}"
+            self.define(Definition(name, text, "instance", set(re.findall(r"\w+", text)) - {name}))
 
     def define(self, definition: Definition) -> None:
         """Add a definition, once."""
@@ -97,10 +111,7 @@ class Names:
         return self._named[id(cls)]
 
     def ordered(self) -> list[str]:
-        """Texts: constants, functions, classes, instances; each after what it needs when it is executed."""
-        for name, rule in self._instances:
-            text = f"{name} = {self._rules.instance(rule)}"
-            self.define(Definition(name, text, "instance", set(re.findall(r"\w+", text)) - {name}))
+        """Texts, the rule's own first: constants, functions, classes, instances; each after what it is made from."""
         done: dict[str, str] = {}
 
         def place(definition: Definition) -> None:
@@ -112,7 +123,7 @@ class Names:
             del done[definition.name]
             done[definition.name] = definition.text
 
-        for definition in sorted(self._definitions.values(), key=lambda d: _CATEGORIES.index(d.category)):
+        for definition in sorted(self._definitions.values(), key=lambda d: (d.support, _CATEGORIES.index(d.category))):
             place(definition)
         return _with_constants_together([(self._definitions[name].category, text) for name, text in done.items()])
 
@@ -173,10 +184,11 @@ class Names:
             self._instances.append((name, value))
             return name
         if isinstance(value, type) and issubclass(value, Declared):
-            raise ExportError(f"{what} uses the class {value.__name__} itself; a file has rules as finished objects only")
+            raise ExportError(f"{what} uses the class {value.__name__} itself; a file holds rules as finished objects")
         if value is where:
-            self.define(Definition(self.claim("where"), _WHERE, "function"))
-            return "where"
+            name = self.claim("where")
+            self.define(Definition(name, _WHERE.replace("where", name, 1), "function"))
+            return name
         if callable(value) and hasattr(value, "__name__"):
             library = self._library_home(value)
             if library:
@@ -201,7 +213,7 @@ class Names:
         if name != inner.__name__:
             text = re.sub(rf"(?m)^(class|def) {inner.__name__}\b", rf"\1 {name}", text, count=1)
         category = "class" if isinstance(inner, type) else "function"
-        self.define(Definition(name, text.rstrip(), category, eager - {name}))
+        self.define(Definition(name, text.rstrip(), category, eager - {name}, inner.__module__ == "metaopt.rule"))
         return name
 
     def _constant(self, value: Any, wanted: str, home: str, what: str) -> str:
@@ -212,13 +224,16 @@ class Names:
         else:
             source, module = found
             text, eager = self._code(source, lambda n: vars(module).get(n, _MISSING), f"{module.__name__}.{wanted}")
-            self.define(Definition(name, f"{name} = {text.strip()}", "constant", eager))
+            support = module.__name__ == "metaopt.rule"
+            self.define(Definition(name, f"{name} = {text.strip()}", "constant", eager, support))
         return name
 
     def literal(self, value: Any, what: str) -> str:
         """A value as source: numbers, strings, None, dtypes, functions, and tuples, lists, sets and dicts of them."""
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
+        if isinstance(value, str) and repr(value)[0] == "'" and '"' not in value:
+            return f'"{repr(value)[1:-1]}"'
         if value is None or value is ... or isinstance(value, (bool, int, float, str, bytes, complex)):
             return repr(value)
         if isinstance(value, (torch.dtype, torch.device)):
@@ -237,7 +252,8 @@ class Names:
     # --- imports --------------------------------------------------------------------------------------------------
 
     def _import(self, parent: str, leaf: str, wanted: str) -> str:
-        name = wanted if wanted in ("torch", "math") and not parent else self.claim(wanted)
+        # a module under its own name is what that name is reserved for
+        name = wanted if wanted == leaf and not parent else self.claim(wanted)
         alias = f" as {name}" if name != leaf else ""
         self.imports.add(f"from {parent} import {leaf}{alias}" if parent else f"import {leaf}{alias}")
         return name
@@ -301,8 +317,9 @@ def _assignment(
             package = "." * node.level + (node.module or "")
             imported = importlib.import_module(package, module.__package__) if node.level else sys.modules.get(package)
             found = _assignment(imported, original, is_library)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        is_assigned = isinstance(node, (ast.Assign, ast.AnnAssign))
+        if is_assigned and any(isinstance(target, ast.Name) and target.id == name for target in targets):
             value = getattr(node, "value", None)
             segment = ast.get_source_segment(source, value) if value is not None else None
             parenthesis = segment and "\n" in segment and segment[0] not in "([{"

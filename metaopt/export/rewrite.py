@@ -66,7 +66,7 @@ def plain(source: str, dropped_decorators: tuple[str, ...] = ("abstractmethod", 
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             edits.append(_signature(source, node))
             edits += [
-                (_start(d)[:1] + (0,), (_end(d)[0] + 1, 0), "")
+                ((d.lineno, 0), (_end(d)[0] + 1, 0), "")
                 for d in node.decorator_list
                 if ast.unparse(d).split(".")[-1] in dropped_decorators
             ]
@@ -170,7 +170,7 @@ def _global_loads(code: CodeType, eager: bool) -> Iterator[tuple[str, Position, 
         where = instruction.positions
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and where is not None and where.lineno is not None:
             name, own = instruction.argval, instruction.opname == "LOAD_NAME" and instruction.argval in stored
-            if not own and name not in ("__name__", "__module__", "__qualname__", "__class__", "super"):
+            if not own and name != "super" and not (name.startswith("__") and name.endswith("__")):
                 start, end = (where.lineno, where.col_offset or 0), (where.end_lineno or 0, where.end_col_offset or 0)
                 yield name, start, end, eager
     for constant in code.co_consts:

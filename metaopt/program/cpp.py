@@ -43,6 +43,20 @@ _PREAMBLE = """\
 #include <cstring>
 #include <limits>
 
+// glibc has vector forms of these (to 4 ulp) but tells the compiler only under -ffast-math.
+#if defined(__GLIBC__) && defined(__x86_64__) && !defined(__clang__)
+#define VECTORISED(name) \\
+    extern "C" __attribute__((__simd__("notinbranch"))) double name(double) noexcept; \\
+    extern "C" __attribute__((__simd__("notinbranch"))) float name##f(float) noexcept;
+VECTORISED(exp)
+VECTORISED(log)
+extern "C" __attribute__((__simd__("notinbranch"))) double pow(double, double) noexcept;
+extern "C" __attribute__((__simd__("notinbranch"))) float powf(float, float) noexcept;
+#if __GLIBC_PREREQ(2, 35)
+VECTORISED(tanh)
+#endif
+#endif
+
 #ifdef _OPENMP
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();

@@ -20,8 +20,8 @@ def python_source(program: Program, name: str = "update", coefficients_name: str
 def function_source(program: Program, name: str, doc: str = "", guarded: Collection[str] = ()) -> str:
     """The whole program as one function: ``def name(param, grad, *slots, *, lr, beta1, ..., t)``, scalars as floats.
 
-    No output aliases an input, so a caller may keep them. Statements in ``guarded`` are printed with ``_div``, ``_sqrt``,
-    ``_exp`` and ``_log``, for which the caller provides functions that give NaN or infinity where Python would raise.
+    No output aliases an input, so a caller may keep them. Statements in ``guarded`` are printed with ``_div``,
+    ``_sqrt``, ``_exp`` and ``_log``: the caller provides these, giving NaN or infinity where Python would raise.
     """
     writer = _Writer(program, scalar=None, guarded=guarded)
     used = {arg for s in program.statements for arg in s.args} | set(program.outputs)
@@ -51,7 +51,7 @@ def update_source(program: Program, name: str) -> str:
     keyword = f", *, {', '.join(program.coefficients)}" if program.coefficients else ""
     lines = [f"def {name}({', '.join(program.tensors)}{keyword}):"]
     lines += [f"    {line}" for line in writer.lines(program.kernel, keep=set())]
-    outputs = ", ".join(writer.text(out, 0) for out in program.outputs)
+    outputs = ", ".join(writer.number(out, 0) for out in program.outputs)
     return "\n".join([*lines, f"    return {outputs}"])
 
 
@@ -89,12 +89,16 @@ class _Writer:
 
     def output(self, out: Arg) -> str:
         """An output that shares no memory with the inputs."""
-        if isinstance(out, float) or out in self.program.scalar_names:
+        if self.is_scalar(out):
             return f"torch.full_like(param, {self.text(out, 0)})"
-        return f"{out}.clone()" if out in self.program.tensors else self.text(out, 0)
+        return f"{out}.clone()" if out in self.program.tensors else self.number(out, 0)
 
     def is_scalar(self, arg: Arg) -> bool:
         return isinstance(arg, float) or arg in self.program.scalar_names
+
+    def is_mask(self, arg: Arg) -> bool:
+        """Whether the text of a value gives a tensor of bools."""
+        return isinstance(arg, str) and not self.is_scalar(arg) and arg in self.by_name and _compares(self.by_name[arg])
 
     def expression(self, s: Statement) -> tuple[str, int]:
         """Text and precedence of a statement's right side."""
@@ -105,7 +109,7 @@ class _Writer:
         if not scalar and s.op in ("maximum", "minimum") and any(map(self.is_scalar, s.args)):
             tensor, bound = sorted(s.args, key=self.is_scalar)
             side = "min" if s.op == "maximum" else "max"
-            return f"torch.clamp({self.text(tensor, 0)}, {side}={self.text(bound, 0)})", 9
+            return f"torch.clamp({self.number(tensor, 0)}, {side}={self.text(bound, 0)})", 9
         if s.target in self.guarded:
             return f"_{s.op}({', '.join(self.text(arg, 0) for arg in s.args)})", 9
         template = _SCALAR_FORMS.get(s.op, op.python) if scalar else op.python
@@ -113,22 +117,32 @@ class _Writer:
         for i, arg in enumerate(s.args):
             if op.precedence == 9:
                 least = 0 if template.count("{0}") == 1 else 9
-            elif op.precedence == 4:
-                least = 5  # comparisons do not associate
+            elif _compares(s):
+                least = op.precedence + 1  # comparisons do not associate
             else:
                 # the right operand of -, / and ** (and the left of **) binds tighter
                 least = op.precedence + (i == 1 if s.op != "pow" else i == 0)
             power = s.op == "pow" and i == 1
-            args.append(self.text(arg, 0 if power and isinstance(arg, float) else least))
+            args.append(self.number(arg, 0 if power and isinstance(arg, float) else least))
         return template.format(*args), op.precedence
 
     def choice(self, s: Statement, scalar: bool) -> tuple[str, int]:
-        condition, yes, no = s.args
-        if scalar or self.is_scalar(condition):
-            return f"{self.text(yes, 2)} if {self.text(condition, 2)} else {self.text(no, 1)}", 1
-        text = f"torch.where({', '.join(self.text(arg, 0) for arg in s.args)})"
-        both = self.is_scalar(yes) and self.is_scalar(no)  # torch would give float32
-        return f"{text}.to(param.dtype)" if both else text, 9
+        condition, *branches = s.args
+        if scalar:
+            return f"{self.text(branches[0], 2)} if {self.text(condition, 2)} else {self.text(branches[1], 1)}", 1
+        if self.is_scalar(condition):
+            full = "torch.full_like(param, {})"
+            yes, no = (full.format(self.text(b, 0)) if self.is_scalar(b) else self.number(b, 2) for b in branches)
+            return f"{yes} if {self.text(condition, 2)} else {no}", 1
+        test = self.text(condition, 0) if self.is_mask(condition) else f"{self.text(condition, 5)} != 0"
+        yes, no = (self.number(branch, 0) for branch in branches)
+        if self.is_scalar(branches[0]) and self.is_scalar(branches[1]):
+            yes = f"torch.full_like(param, {yes})"  # of two floats torch would make a float32
+        return f"torch.where({test}, {yes}, {no})", 9
+
+    def number(self, arg: Arg, minimum: int) -> str:
+        """The text of an operand; a comparison of tensors counts as 1 or 0."""
+        return f"{self.text(arg, 9)}.to(param.dtype)" if self.is_mask(arg) else self.text(arg, minimum)
 
     def text(self, arg: Arg, minimum: int) -> str:
         if isinstance(arg, float):
@@ -140,3 +154,7 @@ class _Writer:
             text, precedence = self.expression(self.by_name[arg])
             return f"({text})" if precedence < minimum else text
         return arg
+
+
+def _compares(s: Statement) -> bool:
+    return s.op in ("gt", "lt", "ge", "le")

@@ -69,7 +69,8 @@ class DecoupledWeightDecay(UpdateRule):
         decayed = {}
         for name, param in params.items():
             own = hp_of(hp, name)
-            decayed[name] = new_params[name] - own["lr"] * own["weight_decay"] * param
+            decay = own["lr"] * own["weight_decay"] * param
+            decayed[name] = new_params[name] - decay.to(param.dtype)  # a 0-d float64 lr would widen a 0-d parameter
         return decayed, new_state
 
 
@@ -100,7 +101,8 @@ class Lookahead(UpdateRule):
         for name, param in fast.items():
             slow = state[name]["slow"]
             sync = new_state[name]["step"].to(param.device) % self.k == 0
-            slow = torch.where(sync, slow + hp_of(hp, name)["lookahead_alpha"] * (param - slow), slow)
+            moved = hp_of(hp, name)["lookahead_alpha"] * (param - slow)
+            slow = torch.where(sync, slow + moved.to(slow.dtype), slow)
             new_params[name] = torch.where(sync, slow, param)
             new_state[name] = {**new_state[name], "slow": slow}
         return new_params, new_state
@@ -137,7 +139,7 @@ class Cautious(UpdateRule):
             step = step * agrees / agrees.mean().clamp(min=1e-3)
             own = hp_of(hp, name)
             decay = 1 - own["lr"] * own["weight_decay"] if split else 1.0
-            new_params[name] = param * decay - step
+            new_params[name] = (param * decay).to(step.dtype) - step
         return new_params, new_state
 
 

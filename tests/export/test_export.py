@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import export_runner
 import pytest
 import torch
 
@@ -23,9 +24,6 @@ from metaopt_classic.muon import Muon
 from metaopt_classic.sgd import SGD
 from metaopt_classic.wrappers import SAM, Cautious, ClipByGlobalNorm, DecoupledWeightDecay, Lookahead
 from metaopt_learned.adafac_mlp import AdafacMLP
-
-sys.path.insert(0, str(Path(__file__).parent))
-import export_runner
 
 
 def _learned(**options: Any) -> UpdateRule:
@@ -152,7 +150,7 @@ def test_files_pass_ruff(files: dict[str, Path], folder: Path) -> None:
 def test_elementwise_file_reads_like_the_paper(files: dict[str, Path]) -> None:
     text = files["adamw"].read_text()
     for line in (
-        "def myadamw_update(param, grad, exp_avg, exp_avg_sq, *, lr, beta1, beta2, eps, weight_decay, t):",
+        "def my_adamw_update(param, grad, exp_avg, exp_avg_sq, *, lr, beta1, beta2, eps, weight_decay, t):",
         "    new_exp_avg = beta1 * exp_avg + (1 - beta1) * grad",
         "    betas: tuple[float, float] = (0.9, 0.999),",
         "Loshchilov and Hutter, 2019",

@@ -201,9 +201,10 @@ def test_adamw_follows_torch_for_ten_steps() -> None:
     torch.testing.assert_close(columns[0], reference.detach(), rtol=1e-13, atol=1e-15)
 
 
-def test_momentum_is_scaled_in_its_own_buffer() -> None:
+@pytest.mark.parametrize("terms", [("m", "grad"), ("grad", "m")])
+def test_momentum_is_scaled_in_its_own_buffer(terms: tuple[str, str]) -> None:
     # folding momentum * buf into an addition to grad would put the result in the wrong place and cost a copy
-    statements = (Statement("m", "mul", ("buf", "c1")), Statement("new", "add", ("m", "grad")))
+    statements = (Statement("m", "mul", ("buf", "c1")), Statement("new", "add", terms))
     program = Program(("c1",), ("param", "grad", "buf"), statements, ("param", "new"))
     assert in_place_source(program, lists=False).splitlines()[1:] == ["    buf.mul_(c1)", "    buf.add_(grad)"]
 
@@ -218,7 +219,12 @@ def test_momentum_is_scaled_in_its_own_buffer() -> None:
         ((("u", "mul", ("c1", "a")), ("v", "mul", ("u", "b")), ("w", "sub", ("param", "v"))), ("w", "u", "b")),
         # x + w * (end - start) with start other than x
         ((("d", "sub", ("grad", "b")), ("v", "mul", ("c1", "d")), ("w", "add", ("a", "v"))), ("param", "w", "b")),
-        # x + w * (end - x), twice
+        # x + w * (end - x), with something else in between
+        (
+            (("d", "sub", ("grad", "a")), ("e", "neg", ("b",)), ("v", "mul", ("c1", "d")), ("w", "add", ("a", "v"))),
+            ("e", "w", "b"),
+        ),
+        # x + w * (end - x), whose difference is read once more
         (
             (
                 ("d", "sub", ("grad", "a")),
