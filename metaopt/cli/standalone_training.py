@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 
 class _NoMetaopt:
@@ -21,7 +22,7 @@ class _NoMetaopt:
 def main(exported: str, site_packages: str, steps: int) -> None:
     """Train a 64-64-10 MLP on scikit-learn's digits and print its test accuracy."""
     sys.path.append(site_packages)
-    sys.meta_path.insert(0, _NoMetaopt())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoMetaopt())
 
     import torch
     from sklearn.datasets import load_digits
@@ -32,11 +33,11 @@ def main(exported: str, site_packages: str, steps: int) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["exported"] = module
     spec.loader.exec_module(module)
-    optimizers = [
+    exported_class: Any = next(
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value.__module__ == "exported"
-    ]
+    )
 
     torch.manual_seed(0)
     data = load_digits()
@@ -45,7 +46,7 @@ def main(exported: str, site_packages: str, steps: int) -> None:
     order = torch.randperm(len(images))
     train, test = order[:1437], order[1437:]
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = optimizers[-1](model.parameters())
+    optimizer = exported_class(model.parameters())
 
     def accuracy() -> float:
         with torch.no_grad():

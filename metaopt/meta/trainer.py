@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metaopt import registry
 from metaopt.files import write_atomic
-from metaopt.learned import LearnedRule, Theta, from_vector
+from metaopt.learned import LearnedRule, Theta
 from metaopt.meta.estimator import GradientEstimator
 from metaopt.meta.inner import TrainingRuns
 from metaopt.resolve import THETA_FILE, save_theta

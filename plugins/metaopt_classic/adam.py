@@ -9,8 +9,8 @@ import torch
 from metaopt.rule import ElementwiseRule, HyperValues
 from metaopt.space import hyper, learning_rate, option
 
-_BETAS = {"low": 0.0, "high": 1.0, "open_high": True, "scale": "decay", "search": (0.8, 0.9999), "doc": "EMA decays"}
-_EPS = {"low": 0.0, "scale": "log", "search": (1e-10, 1e-4), "doc": "added to the root of the second moment"}
+_BETAS: dict[str, Any] = {"low": 0.0, "high": 1.0, "open_high": True, "scale": "decay", "search": (0.8, 0.9999), "doc": "EMA decays"}
+_EPS: dict[str, Any] = {"low": 0.0, "scale": "log", "search": (1e-10, 1e-4), "doc": "added to the root of the second moment"}
 
 
 def _adam_coefficients(hp: HyperValues, t: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Adam(ElementwiseRule):
         """Bias corrections; see the class."""
         return {**_adam_coefficients(hp, t), "weight_decay": hp["weight_decay"]}
 
-    def elementwise(  # type: ignore[override]
+    def elementwise(
         self, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, beta2: Any, step_size: Any,
         correction: Any, eps: Any, weight_decay: Any,
     ) -> Any:  # fmt: skip
@@ -78,7 +78,7 @@ class AdamW(ElementwiseRule):
         """Bias corrections and decay; see the class."""
         return {**_adam_coefficients(hp, t), "decay": 1 - hp["lr"] * hp["weight_decay"]}
 
-    def elementwise(  # type: ignore[override]
+    def elementwise(
         self, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, beta2: Any, step_size: Any,
         correction: Any, eps: Any, decay: Any,
     ) -> Any:  # fmt: skip
@@ -113,7 +113,7 @@ class AMSGrad(ElementwiseRule):
             "penalty": 0.0 if self.decoupled else weight_decay,
         }
 
-    def elementwise(  # type: ignore[override]
+    def elementwise(
         self, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, beta1: Any, beta2: Any,
         step_size: Any, correction: Any, eps: Any, decay: Any, penalty: Any,
     ) -> Any:  # fmt: skip

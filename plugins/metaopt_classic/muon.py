@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,10 +53,11 @@ class Muon(TensorRule):
         self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
     ) -> tuple[Params, State]:
         """Orthogonalise all matrices, equal shapes at once, then finish tensor by tensor."""
-        groups: dict[tuple[int, ...], list[str]] = {}
+        groups: dict[tuple[Any, ...], list[str]] = {}
         for name, info in ctx.info.items():
             if name in params and _is_matrix(info):
-                groups.setdefault(tuple(params[name].shape), []).append(name)
+                alike = (tuple(params[name].shape), params[name].dtype, params[name].device, hp_of(hp, name)["eps"])
+                groups.setdefault(alike, []).append(name)
         directions: Params = {}
         buffers: Params = {}
         for names in groups.values():

@@ -33,7 +33,7 @@ class SGD(ElementwiseRule):
         gain = where(t > 1, where(hp["momentum"] > 0, 1 - hp["dampening"], 1.0), 1.0)
         return {"lr": hp["lr"], "momentum": hp["momentum"], "gain": gain, "weight_decay": hp["weight_decay"]}
 
-    def elementwise(  # type: ignore[override]
+    def elementwise(
         self, param: Any, grad: Any, momentum_buffer: Any, lr: Any, momentum: Any, gain: Any, weight_decay: Any
     ) -> Any:
         """See the class."""

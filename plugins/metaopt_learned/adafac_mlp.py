@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -46,7 +47,7 @@ class AdafacMLP(LearnedRule):
         """Truncated normal weights of variance 1 / fan-in, zero biases and zero decay offsets."""
         sizes = (FEATURES, self.hidden, self.hidden, 2)
         theta: Theta = {}
-        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             weight = torch.empty(fan_in, fan_out)
             torch.nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0, generator=generator)
             # a normal cut at two standard deviations has a deviation of 0.8796
