@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from report import machine
@@ -58,24 +59,15 @@ def contenders(params: Callable[[], list[nn.Parameter]], device: str) -> dict[st
     }
     if device == "cpu":
         for name in ("adamw", "lion"):
-            made[f"metaopt {name}, without a compiler"] = WithoutCompiler(metaopt.optimizer(name, params()))
+            made[f"metaopt {name}, without a compiler"] = without_compiler(metaopt.optimizer(name, params()))
     return made
 
 
-class WithoutCompiler:
-    """An optimizer whose automatic choice of execution finds no compiler."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner = inner
-
-    def step(self) -> None:
-        import metaopt.torch_optimizer as module
-
-        found, module.compiler = module.compiler, lambda: None
-        try:
-            self.inner.step()
-        finally:
-            module.compiler = found
+def without_compiler(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer after a first step that found no compiler; it does not look again."""
+    with mock.patch("metaopt.execution.compile_cpp", lambda *_: None):
+        optimizer.step()
+    return optimizer
 
 
 def measure(shapes: list[tuple[int, ...]], device: str, rounds: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metaopt_learned.adafac_mlp import AdafacMLP
 from report import machine
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,7 @@ from metaopt import registry
 from metaopt.rule import UpdateRule
 from metaopt.task import Task
 from metaopt.unroll import start, unroll
+from metaopt_learned.adafac_mlp import AdafacMLP
 
 ROUNDS, SECONDS_PER_ROUND = 5, 0.5
 

@@ -121,6 +121,9 @@ class PerParameter(Mapping[str, Any]):
             )
         return values[0]
 
+    def __contains__(self, name: object) -> bool:
+        return name in next(iter(self.by_param.values()), {})  # whether or not the groups agree on it
+
     def __iter__(self) -> Iterator[str]:
         return iter(next(iter(self.by_param.values()), {}))
 

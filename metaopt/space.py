@@ -45,10 +45,10 @@ class Hyper:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
     def contains(self, value: float) -> bool:
-        """Whether one number lies in the domain (NaN never does)."""
+        """Whether one number lies in the domain (NaN and infinity never do)."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return bool(above and below)
+        return bool(above and below and math.isfinite(value))
 
     def validate(self, name: str, value: Any) -> Any:
         """Return ``value`` as float or tuple of floats; tensors pass, checked entry by entry.

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from metaopt_classic.adam import AdamW
-from metaopt_classic.sgd import SGD
-from metaopt_classic.wrappers import SAM, Cautious, ClipByGlobalNorm, DecoupledWeightDecay, Lookahead
 from torch import Tensor
 
 import metaopt
 from metaopt import registry, tree
 from metaopt.rule import Chain, Context, ElementwiseRule, ParamInfo, Params, State, UpdateRule, infer_info
 from metaopt.space import Hyper, Option, hyper, learning_rate, option
+from metaopt.task import Batch, Split, Task
 from metaopt.torch_optimizer import RuleOptimizer
+from metaopt_classic.adam import AdamW
+from metaopt_classic.sgd import SGD
+from metaopt_classic.wrappers import SAM, Cautious, ClipByGlobalNorm, DecoupledWeightDecay, Lookahead
 
 HORIZON = 20
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -125,20 +126,30 @@ class Problem:
     def curvature(self) -> float:
         return 0.5 if "closure" in self.rule.requirements() else 0.0
 
+    def gradient(self, given: Tensor, param: Tensor) -> Tensor:
+        """Of one parameter; ``given`` itself where there is no curvature, so that a bad parameter spoils no gradient."""
+        return given + self.curvature * param if self.curvature else given.clone()
+
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.params.values())).dtype
 
 
 def make_problem(
-    rule: UpdateRule, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], steps: int, seed: int, zeros: float = 0.2
+    rule: UpdateRule,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]],
+    steps: int,
+    seed: int,
+    zeros: float = 0.2,
+    decades: tuple[float, float] = (-6.0, 3.0),
 ) -> Problem:
-    """Values of either sign between 1e-6 and 1e3; a share of ``zeros`` is exactly 0."""
+    """Values of either sign and many magnitudes; a share of ``zeros`` is exactly 0."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(shape: tuple[int, ...]) -> Tensor:
         uniform = torch.rand(3, *shape, generator=generator, dtype=torch.float64)
-        value = 10 ** (9 * uniform[0] - 6) * torch.where(uniform[1] < 0.5, -1.0, 1.0)
+        value = 10 ** (decades[0] + (decades[1] - decades[0]) * uniform[0]) * torch.where(uniform[1] < 0.5, -1.0, 1.0)
         return torch.where(uniform[2] < zeros, 0.0, value).to(dtype)
 
     def tensors() -> Params:
@@ -215,6 +226,19 @@ def problems(rule: UpdateRule, dtype: torch.dtype, **arguments: Any) -> st.Searc
     return copies(rule, dtype, 1, **arguments).map(lambda found: found[0])
 
 
+class Bowl(Task):
+    """The smallest task: half the squared norm of a matrix and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__("bowl", Split(), Split(), Split(), batch_size=1, horizon=HORIZON)
+
+    def init(self, generator: torch.Generator) -> Params:
+        return {"w": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return sum(((p * p).sum() / 2 for p in params.values()), torch.zeros(()))
+
+
 # -- the ways to run them ----------------------------------------------------------------------------------------------
 
 
@@ -224,7 +248,7 @@ def advance(
     """One functional update."""
 
     def closure(at: Params) -> tuple[Tensor, Params]:
-        found = {name: given[name] + problem.curvature * p for name, p in at.items()}
+        found = {name: problem.gradient(given[name], p) for name, p in at.items()}
         return sum(((given[name] * p).sum() for name, p in at.items()), torch.zeros(())), found
 
     loss, grads = closure(params)
@@ -276,7 +300,7 @@ class Stepper:
         def closure() -> Tensor:
             with torch.no_grad():
                 for name, p in self.params.items():
-                    p.grad = given[name] + self.problem.curvature * p if name in given else None
+                    p.grad = self.problem.gradient(given[name], p) if name in given else None
             return torch.zeros(())
 
         if "closure" in self.problem.rule.requirements():

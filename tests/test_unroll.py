@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from metaopt_classic.adam import AdamW
-from metaopt_classic.wrappers import SAM
-from metaopt_learned.adafac_mlp import AdafacMLP
 
 from metaopt import registry, tree
 from metaopt.rule import UpdateRule
 from metaopt.task import Task, stack_configs
 from metaopt.unroll import Carry, start, unroll
+from metaopt_classic.adam import AdamW
+from metaopt_classic.wrappers import SAM
+from metaopt_learned.adafac_mlp import AdafacMLP
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 through a few steps; batched matmuls sum in another order
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from metaopt import tree
 from metaopt.evaluate.losses import split_losses
 from metaopt.rule import UpdateRule
-from metaopt.task import Split, Task, TaskFamily
+from metaopt.task import Split, Task, TaskFamily, stack_configs
 from metaopt.unroll import Carry, start, unroll
 
 
@@ -31,9 +31,9 @@ class Course:
     name: str
     task: Task
     family: TaskFamily | None
-    device: Any
     backend: str
-    _members: dict[int, Task] = field(default_factory=dict, repr=False)
+    _model: Task
+    _members: dict[int, Task] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Task | TaskFamily, steps: int | None, device: Any, backend: str) -> Course:
@@ -43,23 +43,30 @@ class Course:
             TypeError: ``source`` is neither a task nor a family.
         """
         if isinstance(source, Task):
-            return cls(source.name, placed(source, device, steps or source.horizon), None, device, backend)
+            return cls(source.name, placed(source, device, steps or source.horizon), None, backend, source)
         if not isinstance(source, TaskFamily):
             raise TypeError(f"a race runs on tasks, families or their names, got {source!r}; see metaopt.task")
         model = source.sample(Generator().manual_seed(0))
-        return cls(source.name, placed(model, device, steps or model.horizon), source, device, backend)
+        return cls(source.name, placed(model, device, steps or model.horizon), source, backend, model)
 
     @property
     def steps(self) -> int:
         """Length of every training run."""
         return self.task.horizon
 
+    @property
+    def device(self) -> torch.device:
+        """Where the runs live."""
+        return self.task.device
+
     def start(self, rule: UpdateRule, seeds: Sequence[int]) -> Carry:
         """Fresh runs, one per seed; for a family each on the member that its seed draws."""
         config = None
         if self.family is not None:
-            config = tree.stack([self._member(seed).config for seed in seeds])
-        return start(self.task, rule, torch.tensor(seeds, device=self.device), config=config)
+            config = tree.map_tree(
+                lambda value: value.to(self.device), stack_configs([self._member(seed) for seed in seeds])
+            )
+        return start(self.task, rule, torch.tensor(seeds), config=config)
 
     def train(
         self, rule: UpdateRule, carry: Carry, steps: int, hp: Mapping[str, float | Tensor] | None
@@ -83,26 +90,23 @@ class Course:
     def _member(self, seed: int) -> Task:
         if seed not in self._members:
             assert self.family is not None
-            member = placed(self.family.sample(Generator().manual_seed(seed)), self.device, self.steps)
+            member = self.family.sample(Generator().manual_seed(seed))
             for name in ("train", "valid", "test"):
-                _require_same_data(self.name, name, getattr(member, name), getattr(self.task, name))
-            empty = Split()  # the family's shared data stay with self.task
-            self._members[seed] = shallow(member, train=empty, valid=empty, test=empty)
+                _require_same_data(self.name, name, getattr(member, name), getattr(self._model, name))
+            self._members[seed] = member
         return self._members[seed]
 
 
 def placed(task: Task, device: Any, horizon: int) -> Task:
     """The same task with its data on ``device`` and ``horizon`` steps; the caller's object stays as it is."""
-    moved = {name: getattr(task, name).to(device) for name in ("train", "valid", "test")}
-    config = {name: value.to(device) for name, value in task.config.items()}
-    return shallow(task, horizon=horizon, config=config, **moved)
-
-
-def shallow(task: Task, **changes: Any) -> Task:
-    """A shallow copy with attributes changed (`dataclasses.replace` would ask subclasses for their own arguments)."""
-    new = copy.copy(task)
-    for name, value in changes.items():
-        setattr(new, name, value)
+    new = copy.copy(task)  # not dataclasses.replace, which would ask a subclass's own __init__ for these arguments
+    new.horizon = horizon
+    if torch.device(device) != task.device:
+        new.train, new.valid, new.test = (split.to(device) for split in (task.train, task.valid, task.test))
+        new.config = {name: value.to(device) for name, value in task.config.items()}
+        derive = getattr(new, "__post_init__", None)
+        if derive is not None:  # what a task derives from its data (a module's buffers) follows them
+            derive()
     return new
 
 

@@ -59,7 +59,7 @@ def _draw(panel: Any, lines: list[tuple[Entry, dict[str, Any]]]) -> None:
     for entry, style in lines:
         train = np.asarray(entry.train, dtype=np.float64)
         steps = np.arange(1, train.shape[1] + 1)
-        low, middle, high = _quartiles(_running_mean(train, max(1, train.shape[1] // _SMOOTH)))
+        low, middle, high = _quartiles(_running_mean(train))
         panel.plot(steps, _gaps(middle), linewidth=1.6, **style)
         panel.fill_between(steps, low, high, where=np.isfinite(high), color=style["color"], alpha=0.16, linewidth=0)
         dots = _gaps(_quartiles(np.asarray(entry.valid, dtype=np.float64))[1])
@@ -75,7 +75,8 @@ def _draw(panel: Any, lines: list[tuple[Entry, dict[str, Any]]]) -> None:
         panel.plot([step], [np.clip(np.nan_to_num(loss, posinf=high), low, high)], marker="X", markersize=8,
                    color=colour, markeredgecolor="white", clip_on=False, zorder=5)  # fmt: skip
     panel.set_xlabel("step", fontsize=9)
-    panel.set_ylabel("training loss", fontsize=9)
+    window = _window(len(lines[0][0].train[0]))
+    panel.set_ylabel("training loss" + (f" (mean of {window} steps)" if window > 1 else ""), fontsize=9)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(True, which="major", color="0.9", linewidth=0.6)
@@ -84,7 +85,7 @@ def _draw(panel: Any, lines: list[tuple[Entry, dict[str, Any]]]) -> None:
 
 def _scale(panel: Any, entries: list[Entry]) -> None:
     """A log axis where losses are positive and fall far; blow-ups above twice the initial loss are cut off."""
-    curves = [_quartiles(np.asarray(entry.train, dtype=np.float64)) for entry in entries]
+    curves = [_quartiles(_running_mean(np.asarray(entry.train, dtype=np.float64))) for entry in entries]
     finite = np.concatenate([curve[np.isfinite(curve)] for quartiles in curves for curve in quartiles])
     starts = [entry.valid[i][0] for entry in entries for i in range(len(entry.valid))]
     top = max((value for value in starts if math.isfinite(value)), default=1.0)
@@ -93,7 +94,7 @@ def _scale(panel: Any, entries: list[Entry]) -> None:
     bottom, median = float(finite.min()), float(np.median(finite))
     if bottom > 0 and top / bottom > _LOG_RATIO:
         panel.set_yscale("log")
-        panel.set_ylim(max(bottom / 1.3, top * 1e-12), max(top, median) * 2)
+        panel.set_ylim(max(bottom / 1.3, top * 1e-15), max(top, median) * 2)
     else:
         span = max(top - bottom, abs(top) * 1e-3, 1e-12)
         panel.set_ylim(bottom - 0.05 * span, max(top, median) + 0.15 * span)
@@ -105,12 +106,15 @@ def _quartiles(curves: np.ndarray) -> np.ndarray:
     return np.quantile(ranked, [0.25, 0.5, 0.75], axis=0, method="inverted_cdf")
 
 
-def _running_mean(curves: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last ``window`` steps (fewer at the start), along each row; NaN from where the row has it."""
-    sums = np.cumsum(np.pad(curves, ((0, 0), (1, 0))), axis=1)
-    ends = np.arange(1, curves.shape[1] + 1)
-    begins = np.maximum(ends - window, 0)
-    return (sums[:, ends] - sums[:, begins]) / (ends - begins)
+def _running_mean(curves: np.ndarray) -> np.ndarray:
+    """Mean of the last steps, along each row; NaN from where the row has it."""
+    window = _window(curves.shape[1])
+    padded = np.pad(curves, ((0, 0), (window - 1, 0)), mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, window, axis=1).mean(axis=-1)
+
+
+def _window(steps: int) -> int:
+    return max(1, steps // _SMOOTH)
 
 
 def _gaps(curve: np.ndarray) -> np.ndarray:

@@ -34,10 +34,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from metaopt import registry
 from metaopt.evaluate.course import Course, seed_streams
 from metaopt.evaluate.statistics import Estimate, estimate
 from metaopt.evaluate.tuning import POINTS_PER_ROUND, VALID_EXAMPLES, Tuning, tune_lr
 from metaopt.learned import BoundRule, LearnedRule
+from metaopt.resolve import resolve_rule
 from metaopt.rule import UpdateRule
 from metaopt.task import Task, TaskFamily
 
@@ -128,7 +130,8 @@ def race(
     """Tune every contender alike, run it from fresh seeds, score it on the test split; see the module for the protocol.
 
     Args:
-        contenders: name -> rule (a learned optimizer bound to its theta), or rules and registered names in a list.
+        contenders: name -> rule (a learned optimizer bound to its theta), or a list of rules. Instead of a rule, whatever
+            `metaopt.resolve.resolve_rule` takes: a registered name, a file, the directory of a meta-training run.
         tasks: tasks, families or registered names.
         seeds: final runs per contender and task.
         grid: learning rates over the declared search range, at least 3; 0: no tuning, each rule runs with its own.
@@ -258,22 +261,18 @@ def _name(value: Any) -> str:
 
 def _rule(value: Any) -> UpdateRule:
     if isinstance(value, str):
-        from metaopt import registry
-
-        value = registry.create("optimizer", value)
+        value = resolve_rule(value)
     if isinstance(value, LearnedRule):
         raise TypeError(f"{type(value).__name__} is a learned optimizer without weights; race rule.bind(theta)")
     if not isinstance(value, UpdateRule):
         raise TypeError(f"a contender is an update rule or its name, got {value!r}; for example AdamW() or 'adamw'")
+    if isinstance(value, BoundRule) and value.stacked:
+        raise ValueError(f"{type(value.learned).__name__} is bound to one theta per copy; race one theta at a time")
     return value
 
 
 def _task(value: Any, device: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    from metaopt import registry
-
-    return registry.create("task", value, device=device)
+    return registry.create("task", value, device=device) if isinstance(value, str) else value
 
 
 def _description(rule: UpdateRule) -> dict[str, Any]:

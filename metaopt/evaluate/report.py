@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import platform
-import tempfile
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,30 +16,40 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from metaopt.evaluate.curves import figure_png
 from metaopt.evaluate.race import Entry, RaceResult
 from metaopt.evaluate.statistics import Estimate
+from metaopt.files import write_atomic
 
 FORMAT = 1
 
 
 def save(result: RaceResult, directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Write ``race.json`` and ``curves.png`` into ``directory`` (made if missing); a crash leaves no half file.
+    """Write ``race.json``, ``curves.png`` and ``race.txt`` into ``directory`` (made if missing); each whole or not at all.
 
     Returns:
-        ``{"json": path, "curves": path}``.
+        ``{"json": path, "curves": path, "table": path}``.
     """
-    from metaopt.evaluate.curves import figure_png
-
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(result), indent=1, allow_nan=False, sort_keys=True)
+    page = Console(file=io.StringIO(), width=32 + 30 * (len(result.tasks) + 1))
+    page.print(table(result))
     return {
-        "json": _write(folder / "race.json", text.encode()),
-        "curves": _write(folder / "curves.png", figure_png(result)),
+        "json": write_atomic(folder / "race.json", _NUMBERS.sub(_on_one_line, text) + "\n"),
+        "curves": write_atomic(folder / "curves.png", figure_png(result)),
+        "table": write_atomic(folder / "race.txt", page.file.getvalue()),  # type: ignore[attr-defined]
     }
+
+
+_NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers over several lines; no string holds a raw line break
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return " ".join(numbers.group().split()).replace("[ ", "[").replace(" ]", "]")
 
 
 def as_json(result: RaceResult) -> dict[str, Any]:
@@ -89,10 +100,14 @@ def table(result: RaceResult) -> Table:
         grid.add_row(
             Text(name, style="bold" if place == 0 else ""),
             _cell(result.aggregate[name], place == 0),
-            *(_task_cell(result.entries[name][task], name == result.best(task)) for task in result.tasks),
+            *(_task_cell(result.entries[name][task], _wins(result, name, task)) for task in result.tasks),
             Text(f"{failed} of {total}", style="bold red" if failed else "dim"),
         )
     return grid
+
+
+def _wins(result: RaceResult, name: str, task: str) -> bool:
+    return name == result.best(task) and math.isfinite(result.entries[name][task].loss.iqm)
 
 
 def _cell(value: Estimate, best: bool) -> Text:
@@ -135,19 +150,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Write beside the target, then rename over it: readers see the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path

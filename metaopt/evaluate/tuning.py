@@ -13,6 +13,8 @@ from metaopt.rule import UpdateRule
 from metaopt.space import Hyper
 
 POINTS_PER_ROUND = 2
+VALID_EXAMPLES = 2048
+"""At most so many examples of the valid split, the same for all."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,12 @@ def _try(course: Course, rule: UpdateRule, seeds: list[int], lrs: list[float]) -
     """All learning rates with all seeds, as one unroll of ``len(lrs) * len(seeds)`` copies."""
     copies = seeds * len(lrs)
     carry = course.start(rule, copies)
-    lr = torch.tensor(lrs, dtype=torch.float32, device=course.device).repeat_interleave(len(seeds))
+    lr = torch.tensor(lrs, dtype=torch.float64, device=course.device).repeat_interleave(len(seeds))
     _, carry = course.train(rule, carry, course.steps, {"lr": lr})
     losses = course.losses(carry, course.task.valid, VALID_EXAMPLES)
     scores = course.scores(losses, copies).reshape(len(lrs), len(seeds)).tolist()
     dead = losses.isnan().reshape(len(lrs), len(seeds)).sum(dim=1).tolist()
     return [Trial(lr, row, count) for lr, row, count in zip(lrs, scores, dead, strict=True)]
-
-
-VALID_EXAMPLES = 2048
 
 
 def _best(trials: list[Trial]) -> int:

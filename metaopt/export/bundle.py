@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from metaopt.export.elementwise import GUARDS, call_lines, slot_values, update_function
-from metaopt.export.names import Definition, Names
-from metaopt.export.rewrite import ExportError, SelfUses, self_uses
+from metaopt.export.names import Definition, Names, is_platform
+from metaopt.export.rewrite import ExportError, SelfUses, quoted, self_uses
 from metaopt.learned import LearnedRule
 from metaopt.rule import Declared, ElementwiseRule, TensorRule, UpdateRule
 from metaopt.space import Hyper
@@ -65,12 +65,16 @@ class Bundle:
         rule: what to write.
         reserved: names that the surrounding file uses itself.
         also: functions and classes that the surrounding file calls.
+        told: a class whose docstring the surrounding file has, and where.
 
     Raises:
         ExportError: something that the rule reaches cannot be part of one file.
     """
 
-    def __init__(self, rule: UpdateRule, reserved: Iterable[str] = (), also: Iterable[Any] = ()) -> None:
+    def __init__(
+        self, rule: UpdateRule, reserved: Iterable[str], also: Iterable[Any], told: tuple[type, str]
+    ) -> None:
+        self.told = told
         self.tensors: dict[str, Tensor] = {}
         self.needs: set[str] = set()
         self._kinds: list[_Kind] = []
@@ -78,7 +82,7 @@ class Bundle:
         self._method_uses: dict[tuple[type, str], SelfUses] = {}
         self._loose: set[str] = set()
         roots = {type(part).__module__.split(".")[0] for part in _all_parts(rule)}
-        self.names = Names(self, reserved, roots)
+        self.names = Names(self, {*reserved, told[1]}, roots)
         self.names.copy(also)
         kind = self.kind_of(rule)
         for entry in ("init", "update"):
@@ -263,10 +267,12 @@ class Bundle:
         constants = [text for text in members.values() if "def " not in text]
         methods = [text.rstrip() for text in members.values() if "def " in text]
         doc = _docstring(vars(cls).get("__doc__") or "", cls.__name__)
+        if doc and cls is self.told[0]:
+            doc = f'"""The rule of `{self.told[1]}`, documented there."""'
         head = f"class {name}({', '.join(base_names)}):" if base_names else f"class {name}:"
         parts = [part for part in (doc, "\n".join(constants), *methods) if part]
         body = textwrap.indent("\n\n".join(parts or ["pass"]), "    ")
-        support = cls.__module__ == "metaopt.rule"
+        support = is_platform(cls.__module__)
         self.names.define(Definition(name, f"{head}\n{body}", "class", set(base_names), support))
 
     def _construct(self, rule: Declared, *, top: bool) -> str:
@@ -276,8 +282,7 @@ class Bundle:
         for name in kind.ordered_fields:
             value = getattr(rule, name)
             if top and isinstance(declared.get(name), Hyper):
-                self.needs.add("defaults")
-                arguments.append(f'{name}=defaults["{name}"]')
+                arguments.append(f'{name}=self.defaults["{name}"]')
             else:
                 arguments.append(f"{name}={self._value(value, f'{type(rule).__name__}.{name}', top)}")
         return f"{kind.name}({', '.join(arguments)})"
@@ -343,11 +348,3 @@ def _docstring(doc: str, name: str) -> str:
     if not doc or doc.startswith(f"{name}("):
         return ""
     return quoted(inspect.cleandoc(doc))
-
-
-def quoted(doc: str) -> str:
-    """A docstring as source."""
-    raw = "r" if "\\" in doc else ""
-    safe = doc.replace('"""', "'''")
-    ending = "\n" if "\n" in safe or safe.endswith(('"', "\\")) else ""
-    return f'{raw}"""{safe}{ending}"""'

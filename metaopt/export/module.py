@@ -18,9 +18,9 @@ from torch import Tensor
 
 import metaopt
 from metaopt.export import templates
-from metaopt.export.bundle import Bundle, quoted
+from metaopt.export.bundle import Bundle
 from metaopt.export.elementwise import GUARDS, call_lines, is_printable, slot_values, update_function
-from metaopt.export.rewrite import ExportError
+from metaopt.export.rewrite import ExportError, broken_call, quoted
 from metaopt.files import write_atomic
 from metaopt.learned import BoundRule, LearnedRule
 from metaopt.rule import (
@@ -62,6 +62,8 @@ def write_module(rule: UpdateRule, name: str, path: str | Path, *, theta_limit: 
     path = Path(path)
     if isinstance(rule, LearnedRule):
         raise TypeError(f"{type(rule).__name__} is a learned rule without numbers; export rule.bind(theta)")
+    if isinstance(rule, BoundRule) and rule.stacked:
+        raise TypeError("theta holds one rule per copy; export learned.bind(theta) with the theta of one")
     if not isinstance(rule, UpdateRule):
         raise TypeError(f"rule must be an UpdateRule, got {type(rule).__name__}")
     class_name = camel_case(name)
@@ -116,7 +118,7 @@ def _elementwise_body(rule: ElementwiseRule, name: str, function: str) -> str:
 def _bundle_body(
     rule: UpdateRule, name: str, path: Path, theta_limit: int, imports: set[str]
 ) -> tuple[str, dict[str, Tensor] | None]:
-    bundle = Bundle(rule, reserved=(*_RESERVED, name), also=_ALSO)
+    bundle = Bundle(rule, reserved=_RESERVED, also=_ALSO, told=(_documented(rule), name))
     imports |= bundle.imports
     needed = rule.requirements()
     step = _rule_step(rule, name, bundle, needed)
@@ -148,18 +150,15 @@ def _rule_step(rule: UpdateRule, name: str, bundle: Bundle, needed: set[str]) ->
         evaluation += ["if loss is None:", refusal, "found = torch.as_tensor(loss).detach()"]
     elif not has_closure:
         evaluation = ["loss = None", *evaluation]
-    expression = bundle.expression
-    if "device" in bundle.needs:
-        expression = expression.replace(", device)", ", next(iter(wide.values())).device)")
-    if "defaults" in bundle.needs:
-        expression = expression.replace('=defaults["', '=self.defaults["')
+    making = ["device = next(iter(wide.values())).device"] * ("device" in bundle.needs)
+    making += broken_call(f"rule = {bundle.expression}")
     step = templates.RULE_STEP.format(
         loss_argument=", *, loss=None" if has_loss else "",
         loss_doc="\n\n        ``loss`` may stand in for a closure.\n        " if has_loss else "",
         evaluation="".join(f"        {line}\n" for line in evaluation),
         update_arguments=", found" * has_loss + ", closure" * has_closure,
         returned="loss if closure is not None else None" if has_loss else "loss",
-        rule=expression,
+        rule=textwrap.indent("\n".join(making), " " * 8),
         context=", ".join(context).replace("loss=loss", "loss=found"),
     )
     return step + (templates.CLOSURE_AT if has_closure else "")
@@ -213,7 +212,7 @@ def _optimizer_class(rule: UpdateRule, name: str, step: str, horizon: bool = Fal
     declared = rule.declared()
     documented = ["params: tensors, named tensors or groups, as for every torch optimizer"]
     if not is_printable(rule):
-        documented[0] += "; a group may set ``role`` (hidden, embedding, ...), which is else guessed from names and shapes"
+        documented[0] += "; a group may set ``role`` (hidden, output, ...), which is else guessed from name and shape"
     arguments, defaults = ["self", "params"], []
     for key, value in rule.hp.items():
         hyper = declared[key]
@@ -246,11 +245,16 @@ def _optimizer_class(rule: UpdateRule, name: str, step: str, horizon: bool = Fal
     return head + templates.ADD_PARAM_GROUP + step + templates.LOAD_STATE_DICT
 
 
+def _documented(rule: UpdateRule) -> type[Declared]:
+    """The class whose docstring the optimizer gets."""
+    return type(rule.learned if isinstance(rule, BoundRule) else rule)
+
+
 def _class_doc(rule: UpdateRule) -> str:
-    source: Declared = rule.learned if isinstance(rule, BoundRule) else rule
-    found = vars(type(source)).get("__doc__") or ""
-    if not found or found.startswith(f"{type(source).__name__}("):
-        return f"The rule {type(source).__name__}."
+    source = _documented(rule)
+    found = vars(source).get("__doc__") or ""
+    if not found or found.startswith(f"{source.__name__}("):
+        return f"The rule {source.__name__}."
     return "\n".join(line.rstrip() for line in textwrap.dedent("    " + found).strip().splitlines())
 
 
@@ -269,7 +273,7 @@ def _domains(rule: UpdateRule) -> str:
 def _test(hyper: Hyper) -> str:
     low, high = (repr(int(x)) if x.is_integer() else repr(x) for x in (_finite(hyper.low), _finite(hyper.high)))
     if math.isinf(hyper.low) and math.isinf(hyper.high):
-        return "lambda x: not math.isnan(x)"
+        return "lambda x: True"
     if math.isinf(hyper.high):
         return f"lambda x: x {'>' if hyper.open_low else '>='} {low}"
     below = "" if math.isinf(hyper.low) else f"{low} {'<' if hyper.open_low else '<='} "

@@ -213,7 +213,7 @@ class Names:
         if name != inner.__name__:
             text = re.sub(rf"(?m)^(class|def) {inner.__name__}\b", rf"\1 {name}", text, count=1)
         category = "class" if isinstance(inner, type) else "function"
-        self.define(Definition(name, text.rstrip(), category, eager - {name}, inner.__module__ == "metaopt.rule"))
+        self.define(Definition(name, text.rstrip(), category, eager - {name}, is_platform(inner.__module__)))
         return name
 
     def _constant(self, value: Any, wanted: str, home: str, what: str) -> str:
@@ -224,7 +224,7 @@ class Names:
         else:
             source, module = found
             text, eager = self._code(source, lambda n: vars(module).get(n, _MISSING), f"{module.__name__}.{wanted}")
-            support = module.__name__ == "metaopt.rule"
+            support = is_platform(module.__name__)
             self.define(Definition(name, f"{name} = {text.strip()}", "constant", eager, support))
         return name
 
@@ -277,6 +277,11 @@ class Names:
         raise ExportError(
             f"{what} uses {name} of {root}, but an exported file may import torch and the standard library only"
         )
+
+
+def is_platform(module: str) -> bool:
+    """Whether a module is the engine's: what rules rest on, told after them."""
+    return module.split(".")[0] == "metaopt"
 
 
 def _scope(function: Callable[..., Any]) -> Callable[[str], Any]:

@@ -47,12 +47,27 @@ def source_of(thing: Any, what: str) -> str:
     """The dedented source of a function or class.
 
     Raises:
-        ExportError: there is none, as for code typed into an interpreter.
+        ExportError: there is none, as for code typed into an interpreter; or it has changed since it was imported.
     """
     try:
-        return textwrap.dedent(inspect.getsource(thing)).rstrip() + "\n"
+        source = textwrap.dedent(inspect.getsource(thing)).rstrip() + "\n"
     except (OSError, TypeError) as error:
         raise ExportError(f"the source of {what} cannot be found; define it in a file or a notebook cell") from error
+    if not _is_source_of(source, inspect.unwrap(thing)):
+        raise ExportError(f"the file of {what} has changed since it was imported; start Python again to export it")
+    return source
+
+
+def _is_source_of(source: str, thing: Any) -> bool:
+    try:
+        node = ast.parse(source).body[0]
+    except (SyntaxError, IndexError):
+        return False
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and inspect.isfunction(thing):
+        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        code = thing.__code__
+        return node.name == code.co_name and tuple(arguments) == code.co_varnames[: len(arguments)]
+    return isinstance(node, ast.ClassDef) and inspect.isclass(thing) and node.name == thing.__name__
 
 
 def plain(source: str, dropped_decorators: tuple[str, ...] = ("abstractmethod", "override")) -> str:
@@ -229,3 +244,29 @@ def self_uses(text: str) -> SelfUses:
         else:
             others |= set(chain)
     return SelfUses(frozenset(chains), frozenset(supers), frozenset(others))
+
+
+def quoted(doc: str) -> str:
+    """A docstring as source."""
+    raw = "r" if "\\" in doc else ""
+    safe = doc.replace('"""', "'''")
+    ending = "\n" if "\n" in safe or safe.endswith(('"', "\\")) else ""
+    return f'{raw}"""{safe}{ending}"""'
+
+
+def broken_call(line: str, width: int = 100) -> list[str]:
+    """``name = Call(a, b(c, d))``, one argument a line if it is long."""
+    if len(line) <= width or not line.endswith(")"):
+        return [line]
+    head, _, inner = line[:-1].partition("(")
+    depth, arguments = 0, [""]
+    for character in inner:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            arguments.append("")
+        else:
+            arguments[-1] += character
+    nested = [part for argument in arguments for part in broken_call(f"{argument.strip()}", width - 4)]
+    lines = [f"    {part}" for part in nested]
+    closing = [line if line.endswith(("(", ",")) else f"{line}," for line in lines]
+    return [f"{head}(", *closing, ")"]

@@ -7,7 +7,7 @@ def _check(values):
     """Refuse hyperparameters outside their domains."""
     for name, (count, allows, domain) in _DOMAINS.items():
         numbers = values[name] if isinstance(values[name], (tuple, list)) else (values[name],)
-        if len(numbers) != count or not all(allows(x) for x in numbers):
+        if len(numbers) != count or not all(math.isfinite(x) and allows(x) for x in numbers):
             raise ValueError(f"{name} must be {domain}, got {values[name]!r}")
 '''
 
@@ -81,7 +81,7 @@ RULE_STEP = '''
         wide = {{name: param.detach().to(compute_dtype(param.dtype), copy=True) for name, param in params.items()}}
         grads = {{name: param.grad.to(wide[name].dtype, copy=True) for name, param in params.items()}}
         info = infer_info(params, roles)
-        rule = {rule}
+{rule}
         state = {{}}
         for name, param in params.items():
             kept = self.state[param]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from golden_vectors import assert_trajectory_close, load, under
+
+from metaopt.rule import Context, UpdateRule, infer_info
 from metaopt_classic.adafactor import Adafactor
 from metaopt_classic.adam import Adam, AdamW, AMSGrad
 from metaopt_classic.lion import Lion
 from metaopt_classic.muon import Muon
 from metaopt_classic.sgd import SGD
-
-from metaopt.rule import Context, UpdateRule, infer_info
 
 MATRICES = ("t0_w0", "t2_w1", "t6_square")
 TIGHT = {"of_move": 1e-10, "of_size": 1e-14}  # float64 against float64: rounding only

@@ -186,3 +186,6 @@ def test_names_that_python_or_the_file_cannot_use_are_refused(name: str, tmp_pat
 def test_unbound_learned_rule_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"rule\.bind"):
         write_module(AdafacMLP(), "Mlp", tmp_path / "x.py")  # type: ignore[arg-type]
+    theta = {name: torch.stack([value] * 2) for name, value in AdafacMLP().init_theta(torch.Generator()).items()}
+    with pytest.raises(TypeError, match="one rule per copy"):
+        write_module(AdafacMLP().bind(theta, stacked=True), "Mlp", tmp_path / "x.py")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from golden_vectors import assert_trajectory_close, load, under
-from metaopt_learned.adafac_mlp import AdafacMLP
 
 from metaopt.rule import Context, infer_info
+from metaopt_learned.adafac_mlp import AdafacMLP
 
 
 def _theta(arrays: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, torch.Tensor]:

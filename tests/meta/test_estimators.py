@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from golden_vectors import load
-from metaopt_learned.es import PES, TruncatedES, pes_gradient
 from torch import Tensor
+
+from metaopt_learned.es import PES, TruncatedES, pes_gradient
 
 ARRAYS, META = load("pes_toy")
 T, K = 20, 5

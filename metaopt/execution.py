@@ -1,0 +1,250 @@
+"""One step of a rule on torch parameters: in place by generated code, or as the rule is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.program.cpp import CppStep, compile_cpp
+from metaopt.program.inplace import compile_in_place
+from metaopt.program.program import Program
+from metaopt.rule import (
+    Context,
+    GradientTransform,
+    HyperValues,
+    ParamInfo,
+    Params,
+    PerParameter,
+    State,
+    UpdateRule,
+    compute_dtype,
+    flat_hp,
+    infer_info,
+)
+
+Execution = Literal["auto", "cpp", "foreach", "loop", "plain"]
+EXECUTIONS: tuple[Execution, ...] = ("auto", "cpp", "foreach", "loop", "plain")
+
+# A generated C++ step costs 2 s to build once; below this many elements it cannot earn them back soon.
+_CPP_MIN_ELEMENTS = 32_768
+# On a CPU, list operations stream every tensor through the cache once per operation; only small tensors gain from them.
+_FOREACH_MAX_MEAN_ELEMENTS = 4_096
+
+Columns = Sequence[Sequence[Tensor]]
+"""Per name in ``program.tensors`` the tensors of all parameters; on one device, and of one dtype per column."""
+
+
+class Work(NamedTuple):
+    """What a step does in one param group.
+
+    Attributes:
+        group: the param group.
+        hp: its hyperparameters as floats.
+        names, params, grads, states: of each parameter that has a gradient; a state has an int ``step`` and slots.
+    """
+
+    group: dict[str, Any]
+    hp: dict[str, Any]
+    names: list[str]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+
+
+# --- elementwise rules, in place --------------------------------------------------------------------------------------
+
+
+class Executor:
+    """In-place steps of one program, each by the way that suits its tensors.
+
+    Args:
+        program: what to run.
+        execution: "cpp", "foreach" or "loop" where the tensors allow it; "auto" chooses by size and device.
+    """
+
+    def __init__(self, program: Program, execution: Execution) -> None:
+        self.program = program
+        self.execution = execution
+        self._kernels: dict[tuple[torch.dtype, ...], CppStep | None] = {}
+
+    def step(self, work: Work) -> None:
+        """Step every parameter of ``work``, those of one step count, device and dtypes together."""
+        buckets: dict[tuple[Any, ...], list[int]] = {}
+        for i, (p, grad, state) in enumerate(zip(work.params, work.grads, work.states, strict=True)):
+            buckets.setdefault((state["step"], p.device, p.dtype, grad.dtype), []).append(i)
+        hp = flat_hp(work.hp)
+        for (step, *_), members in buckets.items():
+            states = [work.states[i] for i in members]
+            columns = [[work.params[i] for i in members], [work.grads[i] for i in members]]
+            columns += [[state[slot] for state in states] for slot in self.program.tensors[2:]]
+            self._run(columns, self.program.scalar_values({**hp, "t": step + 1}))
+            for state in states:
+                state["step"] = step + 1
+
+    def _run(self, columns: Columns, coefficients: Mapping[str, float]) -> None:
+        elements = sum(map(Tensor.numel, columns[0]))
+        on_cpu = columns[0][0].is_cpu
+        if on_cpu and (self.execution == "cpp" or (self.execution == "auto" and elements >= _CPP_MIN_ELEMENTS)):
+            kernel = self._kernel(columns)
+            if kernel is not None:
+                columns = _run_kernel(kernel, columns, coefficients)
+                if not columns[0]:
+                    return
+        small = elements <= _FOREACH_MAX_MEAN_ELEMENTS * len(columns[0])
+        if self.execution == "foreach" or (self.execution != "loop" and (small or not on_cpu)):
+            compile_in_place(self.program, lists=True)(columns, coefficients)
+            return
+        run = compile_in_place(self.program, lists=False)
+        for tensors in zip(*columns, strict=True):
+            run(tensors, coefficients)
+
+    def _kernel(self, columns: Columns) -> CppStep | None:
+        param, grad, *slots = (column[0].dtype for column in columns)
+        dtypes = (param, grad, slots[0] if slots else compute_dtype(param))
+        if dtypes not in self._kernels:
+            self._kernels[dtypes] = compile_cpp(self.program, *dtypes)
+        return self._kernels[dtypes]
+
+
+def _run_kernel(kernel: CppStep, columns: Columns, coefficients: Mapping[str, float]) -> Columns:
+    """Step those parameters that the kernel can take; returns the columns of the others."""
+    if _fits(kernel, columns):
+        kernel(columns, coefficients)
+        return [[] for _ in columns]
+    taken: list[tuple[Tensor, ...]] = []
+    left: list[tuple[Tensor, ...]] = []
+    for param, grad, *slots in zip(*columns, strict=True):
+        if grad.stride() != param.stride():  # a transposed gradient, say: copied into the parameter's layout
+            grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        tensors = (param, grad, *slots)
+        (taken if _fits(kernel, [[tensor] for tensor in tensors]) else left).append(tensors)
+    if taken:
+        kernel([*zip(*taken, strict=True)], coefficients)
+    return [*zip(*left, strict=True)] if left else [[] for _ in columns]
+
+
+def _fits(kernel: CppStep, columns: Columns) -> bool:
+    # a subclass (DTensor, a quantised or fake tensor) need not have its elements where data_ptr points
+    return {*map(type, columns[0])} <= {Tensor, nn.Parameter} and kernel.fits(columns)
+
+
+# --- any rule, as it is written ---------------------------------------------------------------------------------------
+
+
+class Tree(NamedTuple):
+    """The work of some groups as rules see it.
+
+    Attributes:
+        params: the parameters themselves.
+        wide: their values in the dtype to compute in.
+        grads, state, hp, ctx: what `UpdateRule.update` takes; the state shares its tensors with the work.
+    """
+
+    params: Params
+    wide: Params
+    grads: Params
+    state: State
+    hp: HyperValues
+    ctx: Context
+
+    @classmethod
+    def of(cls, work: Sequence[Work], loss: Any, horizon: int | None) -> Tree:
+        """The tree over all of ``work``."""
+        clock: dict[tuple[int, torch.device], Tensor] = {}
+        tree = cls({}, {}, {}, {}, {}, Context({}))
+        by_param, infos = {}, {}
+        for one in work:
+            for name, p, grad, slots in zip(one.names, one.params, one.grads, one.states, strict=True):
+                now = (slots["step"], p.device)
+                if now not in clock:
+                    clock[now] = torch.full((), slots["step"], dtype=torch.int64, device=p.device)
+                tree.params[name], by_param[name] = p, one.hp
+                tree.wide[name] = p.detach().to(compute_dtype(p.dtype))
+                tree.grads[name] = grad.detach().to(compute_dtype(p.dtype))
+                tree.state[name] = {**slots, "step": clock[now]}
+                infos[name] = _info(name, p.shape, one.group.get("role"))
+        step = next(iter(clock.values())) if len(clock) == 1 else None
+        at = None if loss is None else torch.as_tensor(loss).detach()
+        hp = PerParameter(by_param) if len(work) > 1 else work[0].hp
+        return tree._replace(hp=hp, ctx=Context(infos, step, at, horizon))
+
+
+def fresh_state(rule: UpdateRule, params: Params, role: str | None) -> State:
+    """The rule's initial state in tensors of its own, with an int ``step``."""
+    wide = {name: p.detach().to(compute_dtype(p.dtype)) for name, p in params.items()}
+    state = rule.init(wide, {name: _info(name, p.shape, role) for name, p in params.items()})
+    taken = {_storage(p) for p in wide.values()}
+    return {
+        name: {slot: value.clone() if _storage(value) in taken else value for slot, value in slots.items()} | {"step": 0}
+        for name, slots in state.items()
+    }
+
+
+def transformed(transform: GradientTransform, work: Sequence[Work], horizon: int | None) -> tuple[list[Work], set[str]]:
+    """``work`` with the gradients that ``transform`` makes of its own, and the names of the transform's slots."""
+    tree = Tree.of(work, None, horizon)
+    grads, new_state = transform.transform(tree.grads, tree.state, tree.wide, tree.hp, tree.ctx)
+    _assign([(tree.state[name][slot], value) for name, slots in new_state.items() for slot, value in slots.items()])
+    return [one._replace(grads=[grads[name] for name in one.names]) for one in work], set().union(*new_state.values())
+
+
+def step_plain(rule: UpdateRule, tree: Tree, without: set[str], closure: Callable[[], Any] | None) -> None:
+    """The rule's update, out of place, then assigned; the caller counts the step.
+
+    Args:
+        rule: what to run.
+        tree: on what.
+        without: slots that are not the rule's.
+        closure: evaluates the model, for rules that need it elsewhere.
+    """
+    params, wide, grads, state, hp, ctx = tree
+    if closure is not None:
+        grads = {name: grad.clone() for name, grad in grads.items()}  # the closure writes p.grad
+        ctx = replace(ctx, closure=_closure_at(params, closure))
+    own = {name: {slot: v for slot, v in slots.items() if slot not in without} for name, slots in state.items()}
+    new_params, new_state = rule.update(grads, own, wide, hp, ctx)
+    moves = [(p, new_params[name]) for name, p in params.items()]
+    moves += [(state[n][slot], v) for n, slots in new_state.items() for slot, v in slots.items() if slot != "step"]
+    _assign(moves)
+
+
+def _closure_at(params: Params, closure: Callable[[], Any]) -> Callable[[Params], tuple[Tensor, Params]]:
+    def evaluate(elsewhere: Params) -> tuple[Tensor, Params]:
+        saved = {name: p.detach().clone() for name, p in params.items()}
+        try:
+            for name, p in params.items():
+                p.copy_(elsewhere[name])
+            with torch.enable_grad():
+                loss = closure()
+            grads = {}
+            for name, p in params.items():
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                grads[name] = grad.to(compute_dtype(p.dtype), copy=True)
+        finally:
+            for name, p in params.items():
+                p.copy_(saved[name])
+        return torch.as_tensor(loss).detach(), grads
+
+    return evaluate
+
+
+def _assign(moves: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Every first becomes its second, all at once: a rule may hand old tensors back in new places."""
+    old = {_storage(destination) for destination, _ in moves}
+    values = [value.clone() if _storage(value) in old else value for _, value in moves]
+    for (destination, _), value in zip(moves, values, strict=True):
+        destination.copy_(value)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@lru_cache(maxsize=65536)
+def _info(name: str, shape: torch.Size, role: str | None) -> ParamInfo:
+    return infer_info({name: torch.empty(shape, device="meta")}, {name: role} if role else None)[name]

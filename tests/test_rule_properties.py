@@ -1,0 +1,429 @@
+"""What every registered rule promises beyond its arithmetic (for which see `test_rule_executions`)."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_strategies import (
+    BY_TENSOR,
+    COUPLED_WRAPPERS,
+    DTYPES,
+    ELEMENTWISE,
+    HORIZON,
+    REGISTERED,
+    RULES,
+    SHAPES,
+    Bowl,
+    Problem,
+    Stepper,
+    advance,
+    copies,
+    functional,
+    make_problem,
+    outside,
+    problems,
+    vmapped,
+)
+from torch import Tensor
+
+import metaopt
+from metaopt import registry, tree
+from metaopt.program import compiler
+from metaopt.rule import Params, UpdateRule
+from metaopt.space import Hyper
+from metaopt.torch_optimizer import RuleOptimizer
+from metaopt.unroll import Carry, start, unroll
+
+FILLED = tuple(shape for shape in SHAPES if math.prod(shape))
+executions = st.sampled_from(["plain", "loop", "foreach", "auto", *(["cpp"] if compiler() else [])])
+dtypes = st.sampled_from(list(DTYPES.values()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compiled steps of this run only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cpp")))
+        yield
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Bit for bit, but for the sign of NaN."""
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        if isinstance(value, dict):
+            assert_same(got[key], value)
+        else:
+            torch.testing.assert_close(got[key], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def make(rule: UpdateRule, params: Any, **arguments: Any) -> RuleOptimizer:
+    return metaopt.optimizer(rule, params, horizon=HORIZON, **arguments)
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=10)
+@given(data=st.data(), dtype=dtypes, execution=executions)
+def test_training_saved_and_loaded_midway_continues_bit_for_bit(
+    name: str, dtype: torch.dtype, execution: Any, data: Any
+) -> None:
+    problem = data.draw(problems(RULES[name], dtype))
+    cut = len(problem.grads) // 2
+    whole, before = Stepper(problem, execution=execution), Stepper(problem, execution=execution)
+    for given_ in problem.grads[:cut]:
+        before.step(given_)
+    file = io.BytesIO()
+    torch.save(before.optimizer.state_dict(), file)
+    file.seek(0)
+    defaults = {key: value for key, value in RULES[name].values().items() if key in problem.rule.hp}
+    elsewhere = replace(problem, params=before.result()[0], rule=problem.rule.replaced(**defaults))
+    after = Stepper(elsewhere, execution=execution)  # its hyperparameters are those of the file, too
+    after.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    for given_ in problem.grads[cut:]:
+        after.step(given_)
+    want, got = whole.run(), after.result()
+    assert_same(got[0], want[0])
+    assert_same(got[1], want[1])
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=5)
+@given(data=st.data(), dtype=dtypes)
+def test_state_is_tensors_that_stack_and_numbers_that_save(name: str, dtype: torch.dtype, data: Any) -> None:
+    problem = data.draw(problems(RULES[name], dtype))
+    _, state = functional(problem, shared_step=True)
+    assert state.keys() == problem.params.keys()
+    for slots in state.values():
+        assert all(isinstance(leaf, Tensor) for leaf in slots.values())
+        assert slots["step"].shape == () and slots["step"].dtype == torch.int64
+    fresh = problem.rule.init(problem.params, problem.info)
+    assert tree.map_tree(lambda leaf: (leaf.shape, leaf.dtype), fresh) == tree.map_tree(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    several = tree.stack([state, fresh, state])
+    assert_same(tree.index(several, 1), fresh)
+    assert_same(tree.index(several, 2), state)
+    stepper = Stepper(problem)
+    stepper.run()
+    for slots in stepper.optimizer.state_dict()["state"].values():
+        assert all(isinstance(value, (Tensor, int, float)) for value in slots.values())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def refusing(rule: UpdateRule, name: str, value: Any) -> list[Any]:
+    """The places where a user's value enters."""
+    weight = torch.zeros(2, requires_grad=True)
+    carry = start(Bowl(), rule, [0, 1])
+    return [
+        lambda: rule.replaced(**{name: value}),
+        lambda: make(rule, [weight], **{name: value}),
+        lambda: make(rule, [{"params": [weight], name: value}]),
+        lambda: unroll(Bowl(), rule, carry, 1, hp={name: value}),
+    ]
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_hyperparameter_outside_its_domain_is_refused_with_the_domain(name: str, data: Any) -> None:
+    rule = RULES[name]
+    which = data.draw(st.sampled_from(sorted(rule.hp)))
+    declared = rule.declared()[which]
+    assert isinstance(declared, Hyper)
+    bad = data.draw(outside(declared))
+    value: Any = bad
+    if isinstance(declared.default, tuple):
+        at = data.draw(st.integers(0, len(declared.default) - 1))
+        value = (*declared.default[:at], bad, *declared.default[at + 1 :])
+    places = refusing(rule, which, value)
+    if name in REGISTERED:
+        places.append(lambda: registry.create("optimizer", name, **{which: value}))
+        places.append(lambda: metaopt.optimizer(name, [torch.zeros(1)], **{which: value}))
+    else:
+        places.append(lambda: replace(rule, **{which: value}) if hasattr(type(rule), which) else rule.replaced(**{which: value}))
+    for place in places:
+        with pytest.raises(ValueError) as refusal:
+            place()
+        assert which in str(refusal.value) and declared.domain in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_bad_entry_among_the_values_of_all_copies_is_refused(name: str) -> None:
+    rule = RULES[name]
+    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got (-1|nan)"):
+        unroll(Bowl(), rule, start(Bowl(), rule, [0, 1]), 1, hp={"lr": torch.tensor([0.1, -1.0])})
+    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got (-1|nan)"):
+        unroll(Bowl(), rule, start(Bowl(), rule, [0, 1]), 1, hp={"lr": torch.tensor([0.1, math.nan])})
+    with pytest.raises(ValueError, match=r"lr must be one number or one per copy \[2\]"):
+        unroll(Bowl(), rule, start(Bowl(), rule, [0, 1]), 1, hp={"lr": torch.tensor([0.1, 0.1, 0.1])})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_hyperparameter_of_another_kind_is_refused(name: str) -> None:
+    rule = RULES[name]
+    for which, value in rule.hp.items():
+        domain = rule.declared()[which].domain
+        for wrong in ("0.1", None, True, {}) + (((*value, 0.5), value[:-1], value[0]) if isinstance(value, tuple) else ((0.1, 0.1),)):
+            for place in refusing(rule, which, wrong):
+                with pytest.raises(TypeError) as refusal:
+                    place()
+                assert which in str(refusal.value) and domain in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_unknown_hyperparameter_is_refused_with_the_known_ones(name: str) -> None:
+    """Not in groups: as in torch, a group may carry keys of the user's own."""
+    constructed, optimized, _, unrolled = refusing(RULES[name], "no_such", 0.1)
+    places = [constructed, optimized, unrolled]
+    if name in REGISTERED:
+        places.append(lambda: metaopt.optimizer(name, [torch.zeros(1)], no_such=0.1))
+    for place in places:
+        with pytest.raises(TypeError) as refusal:
+            place()
+        assert "'no_such'" in str(refusal.value) and all(which in str(refusal.value) for which in RULES[name].hp)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_refused_group_leaves_the_optimizer_as_it_was(name: str) -> None:
+    optimizer = make(RULES[name], [torch.zeros(2)])
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": [torch.zeros(3)], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_declarations_are_consistent(name: str) -> None:
+    for declared in RULES[name].declared().values():
+        if isinstance(declared, Hyper):
+            defaults = declared.default if isinstance(declared.default, tuple) else (declared.default,)
+            assert all(map(declared.contains, (*defaults, *(declared.search or ()))))
+            assert declared.doc or name == "ten_lines" or name in ("whole_language", "weight_decay")
+            if declared.search:
+                assert all(map(declared.contains, declared.grid(7)))
+
+
+# -- independence ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BY_TENSOR)
+@settings(max_examples=20)
+@given(data=st.data(), dtype=dtypes, execution=executions)
+def test_two_param_groups_behave_as_two_optimizers(name: str, dtype: torch.dtype, execution: Any, data: Any) -> None:
+    few = ((4, 4), (3, 5), (7,), (3, 2, 2, 2), ())  # so that both groups have tensors of one shape
+    left, right = (data.draw(problems(BY_TENSOR[name], dtype, steps=3, shapes=few)) for _ in range(2))
+    apart = [Stepper(problem, execution=execution) for problem in (left, right)]
+    together = [Stepper(problem) for problem in (left, right)]
+    groups = [{"params": list(s.params.values()), **s.problem.rule.values()} for s in together]
+    together[0].optimizer = together[1].optimizer = make(BY_TENSOR[name], groups, execution=execution)
+    for t in range(3):
+        for stepper in apart:
+            stepper.step(stepper.problem.grads[t])
+        for stepper in together:
+            for key, p in stepper.params.items():
+                p.grad = stepper.problem.grads[t][key].clone()
+        together[0].optimizer.step()
+    for one, other in zip(apart, together, strict=True):
+        assert_same(other.result()[0], one.result()[0])
+        assert_same(other.result()[1], one.result()[1])
+
+
+def test_groups_of_a_rule_that_couples_them_must_agree_on_what_couples() -> None:
+    rule = COUPLED_WRAPPERS["clip_adamw"]
+    weights = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "max_norm": 3.0}]
+    optimizer = make(rule, groups)
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="max_norm"):
+        optimizer.step()
+    optimizer.param_groups[1]["max_norm"] = 1.0
+    optimizer.step()
+    assert (1 - weights[0]).min() > 50 * (1 - weights[1]).max() > 0  # each with its own lr
+
+
+@pytest.mark.parametrize("name", BY_TENSOR)
+@settings(max_examples=12)
+@given(data=st.data(), dtype=dtypes, execution=executions)
+def test_steps_are_counted_per_parameter(name: str, dtype: torch.dtype, execution: Any, data: Any) -> None:
+    """A parameter that has no gradient at some steps moves as if it were alone and these steps had not been."""
+    problem = data.draw(problems(BY_TENSOR[name], dtype, steps=5))
+    present = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
+    late = next(reversed(problem.params))
+    stepper = Stepper(problem, execution=execution)
+    for given_, there in zip(problem.grads, present, strict=True):
+        stepper.step({key: g for key, g in given_.items() if key != late or there})
+    grads = tuple({late: g[late]} for g, there in zip(problem.grads, present, strict=True) if there)
+    params, state = Stepper(replace(problem, params={late: problem.params[late]}, grads=grads), execution=execution).run()
+    assert_same({late: stepper.result()[0][late]}, params)
+    assert_same({late: stepper.result()[1][late]}, state)
+
+
+bad_numbers = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+def poisoned(problem: Problem, key: str, bad: float) -> Problem:
+    """The same, with one bad entry in the first gradient of one tensor."""
+    grad = problem.grads[0][key].clone()
+    grad.view(-1)[-1] = bad
+    return replace(problem, grads=({**problem.grads[0], key: grad}, *problem.grads[1:]))
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=8)
+@given(data=st.data(), dtype=dtypes, bad=bad_numbers)
+def test_bad_gradient_of_one_copy_stays_in_that_copy(name: str, dtype: torch.dtype, bad: float, data: Any) -> None:
+    several = data.draw(copies(RULES[name], dtype, 3, shapes=FILLED))
+    with_bad = [several[0], poisoned(several[1], "w0", bad), several[2]]
+    clean, got = vmapped(several), vmapped(with_bad)
+    for k in (0, 2):
+        assert_same(got[k][0], clean[k][0])
+        assert_same(got[k][1], clean[k][1])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_bad_copy_of_an_unroll_freezes_and_the_others_go_on(name: str) -> None:
+    rule, task = RULES[name], Bowl()
+    carry = start(task, rule, [0, 1, 2])
+    broken = {**carry.params, "b": carry.params["b"].clone()}
+    broken["b"][1, 2] = math.nan
+    want, after = unroll(task, rule, carry, 3)
+    losses, got = unroll(task, rule, Carry(broken, *list(carry.tree().values())[1:]), 3)
+    others = torch.tensor([0, 2])
+    assert_same({"losses": losses[others]}, {"losses": want[others]})
+    assert_same(tree.index(got.params, others), tree.index(after.params, others))
+    assert_same(tree.index(got.state, others), tree.index(after.state, others))
+    assert got.alive.tolist() == [True, False, True] and got.step.tolist() == [3, 0, 3]
+    assert losses[1].isnan().all()
+    assert_same(tree.index(got.params, 1), tree.index(broken, 1))
+
+
+@pytest.mark.parametrize("name", BY_TENSOR)
+@settings(max_examples=8)
+@given(data=st.data(), dtype=dtypes, bad=bad_numbers, execution=executions)
+def test_bad_gradient_of_one_tensor_stays_in_that_tensor(
+    name: str, dtype: torch.dtype, bad: float, execution: Any, data: Any
+) -> None:
+    problem = data.draw(problems(BY_TENSOR[name], dtype, shapes=FILLED))
+    worse = poisoned(problem, "w0", bad)
+    runs = [
+        (functional(problem, shared_step=True), functional(worse, shared_step=True)),
+        (Stepper(problem, execution=execution).run(), Stepper(worse, execution=execution).run()),
+    ]
+    for clean, got in runs:
+        spared = clean[0].keys() - {"w0"}
+        assert_same({key: got[0][key] for key in spared}, {key: clean[0][key] for key in spared})
+        assert_same({key: got[1][key] for key in spared}, {key: clean[1][key] for key in spared})
+        if name in ELEMENTWISE:
+            rest = slice(None, -1)
+            assert_same({"w0": got[0]["w0"].view(-1)[rest]}, {"w0": clean[0]["w0"].view(-1)[rest]})
+        elif math.isnan(bad):
+            assert not got[0]["w0"].isfinite().all()
+
+
+# -- purity ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=8)
+@given(data=st.data(), dtype=dtypes, execution=executions, shared=st.booleans())
+def test_update_mutates_nothing_and_the_optimizer_no_gradient(
+    name: str, dtype: torch.dtype, execution: Any, shared: bool, data: Any
+) -> None:
+    problem = data.draw(problems(RULES[name], dtype, steps=2))
+    params, state = problem.params, problem.rule.init(problem.params, problem.info)
+    for t, given_ in enumerate(problem.grads):
+        inputs = {"params": params, "state": state, "grads": given_}
+        before = tree.map_tree(torch.clone, inputs)
+        versions = [leaf._version for leaf in tree.leaves(inputs)]
+        params, state = advance(problem, params, state, given_, problem.rule.hp, torch.tensor(t) if shared else None)
+        assert_same(inputs, before)
+        assert [leaf._version for leaf in tree.leaves(inputs)] == versions
+    if "closure" in problem.rule.requirements():
+        return  # there it is the closure that sets gradients
+    stepper = Stepper(problem, execution=execution)
+    for given_ in problem.grads:
+        for key, p in stepper.params.items():
+            p.grad = given_[key].clone()
+        grads = {key: p.grad for key, p in stepper.params.items()}
+        stepper.optimizer.step()
+        assert all(stepper.params[key].grad is grad for key, grad in grads.items())
+        assert_same(grads, given_)
+
+
+# -- differentiability -------------------------------------------------------------------------------------------------
+
+
+def ordinary(rule: UpdateRule, seed: int, zeros: float) -> Problem:
+    """Three steps in float64 at hyperparameters well inside the domain, where no jump of a rule is near."""
+    middle: dict[str, Any] = {}
+    for key, value in rule.hp.items():
+        point = rule.declared()[key].grid(3)[1]
+        middle[key] = tuple(point for _ in value) if isinstance(value, tuple) else point
+    shapes = [(6,), (3, 4), (2, 2, 3), ()]
+    return make_problem(rule.replaced(**middle), torch.float64, shapes, 3, seed, zeros, decades=(-1.0, 0.5))
+
+
+def trained(problem: Problem, hp: dict[str, Any]) -> Tensor:
+    """One number that depends on every final parameter."""
+    params, _ = functional(problem, shared_step=True, hp=hp)
+    moves = torch.cat([(params[key] - p).reshape(-1) for key, p in problem.params.items()])
+    return (moves * torch.linspace(0.5, 1.5, len(moves), dtype=torch.float64)).sum()
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", RULES)
+def test_derivative_in_every_hyperparameter_is_finite_where_gradients_are_zero(name: str, zeros: float) -> None:
+    problem = ordinary(RULES[name], seed=11, zeros=zeros)
+    hp = tree.map_tree(_leaf, problem.rule.hp)
+    leaves = [leaf for value in hp.values() for leaf in (value if isinstance(value, tuple) else (value,))]
+    found = torch.autograd.grad(trained(problem, hp), leaves, allow_unused=True)
+    assert all(derivative is None or derivative.isfinite() for derivative in found), dict(zip(hp, found, strict=False))
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_leaf(entry) for entry in value)
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31))
+def test_derivative_in_lr_agrees_with_differences_backward_and_forward(name: str, seed: int) -> None:
+    """Central differences of relative width 1e-4: truncated at 1e-8, rounded at 1e-12 of the sizes."""
+    problem = ordinary(RULES[name], seed, zeros=0.2)
+
+    def final(lr: Tensor) -> Tensor:
+        return trained(problem, {**problem.rule.hp, "lr": lr})
+
+    lr = torch.tensor(problem.rule.hp["lr"], dtype=torch.float64, requires_grad=True)
+    value = final(lr)
+    (backward,) = torch.autograd.grad(value, lr)
+    _, forward = torch.func.jvp(final, (lr.detach(),), (torch.ones_like(lr),))
+    with torch.no_grad():
+        width = 1e-4 * lr
+        differences = (final(lr + width) - final(lr - width)) / (2 * width)
+    scale = abs(value.detach() / lr.detach()) + abs(differences)
+    assert abs(backward - differences) <= 1e-6 * scale
+    assert abs(forward - backward) <= 1e-12 * scale
+
+
+def test_params_are_part_of_no_graph_unless_asked_for() -> None:
+    """An optimizer step on tensors that require gradients records nothing."""
+    for rule in RULES.values():
+        stepper = Stepper(make_problem(rule, torch.float32, [(3,), (2, 2)], 1, seed=0))
+        params, state = stepper.run()
+        flat: Params = {**params, **{f"{k}/{s}": v for k, slots in state.items() for s, v in slots.items() if s != "step"}}
+        assert not any(value.requires_grad for value in flat.values())
