@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -32,8 +32,9 @@ EXECUTIONS: tuple[Execution, ...] = ("auto", "cpp", "foreach", "loop", "plain")
 
 # A generated C++ step costs 2 s to build once; below this many elements it cannot earn them back soon.
 _CPP_MIN_ELEMENTS = 32_768
-# On a CPU, list operations stream every tensor through the cache once per operation; only small tensors gain from them.
-_FOREACH_MAX_MEAN_ELEMENTS = 4_096
+# On a CPU, operations on many tensors at once stream all of them through the cache again and again: only where they are
+# this small on average does the saving in calls outweigh that.
+_SMALL_MEAN_ELEMENTS = 4_096
 
 Columns = Sequence[Sequence[Tensor]]
 """Per name in ``program.tensors`` the tensors of all parameters; on one device, and of one dtype per column."""
@@ -45,7 +46,8 @@ class Work(NamedTuple):
     Attributes:
         group: the param group.
         hp: its hyperparameters as floats.
-        names, params, grads, states: of each parameter that has a gradient; a state has an int ``step`` and slots.
+        names: of each parameter that has a gradient; empty where only the executor will look.
+        params, grads, states: of the same parameters; a state has an int ``step`` and slots.
     """
 
     group: dict[str, Any]
@@ -73,10 +75,10 @@ class Executor:
         self._kernels: dict[tuple[torch.dtype, ...], CppStep | None] = {}
 
     def step(self, work: Work) -> None:
-        """Step every parameter of ``work``, those of one step count, device and dtypes together."""
+        """Step every parameter of ``work``, those of one step count, type, device and dtypes together."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for i, (p, grad, state) in enumerate(zip(work.params, work.grads, work.states, strict=True)):
-            buckets.setdefault((state["step"], p.device, p.dtype, grad.dtype), []).append(i)
+            buckets.setdefault((state["step"], type(p), p.device, p.dtype, grad.dtype), []).append(i)
         hp = flat_hp(work.hp)
         for (step, *_), members in buckets.items():
             states = [work.states[i] for i in members]
@@ -89,13 +91,17 @@ class Executor:
     def _run(self, columns: Columns, coefficients: Mapping[str, float]) -> None:
         elements = sum(map(Tensor.numel, columns[0]))
         on_cpu = columns[0][0].is_cpu
-        if on_cpu and (self.execution == "cpp" or (self.execution == "auto" and elements >= _CPP_MIN_ELEMENTS)):
+        if (
+            on_cpu
+            and _plain(columns[0])
+            and (self.execution == "cpp" or (self.execution == "auto" and elements >= _CPP_MIN_ELEMENTS))
+        ):
             kernel = self._kernel(columns)
             if kernel is not None:
                 columns = _run_kernel(kernel, columns, coefficients)
                 if not columns[0]:
                     return
-        small = elements <= _FOREACH_MAX_MEAN_ELEMENTS * len(columns[0])
+        small = elements <= _SMALL_MEAN_ELEMENTS * len(columns[0])
         if self.execution == "foreach" or (self.execution != "loop" and (small or not on_cpu)):
             compile_in_place(self.program, lists=True)(columns, coefficients)
             return
@@ -113,7 +119,7 @@ class Executor:
 
 def _run_kernel(kernel: CppStep, columns: Columns, coefficients: Mapping[str, float]) -> Columns:
     """Step those parameters that the kernel can take; returns the columns of the others."""
-    if _fits(kernel, columns):
+    if kernel.fits(columns):
         kernel(columns, coefficients)
         return [[] for _ in columns]
     taken: list[tuple[Tensor, ...]] = []
@@ -122,15 +128,15 @@ def _run_kernel(kernel: CppStep, columns: Columns, coefficients: Mapping[str, fl
         if grad.stride() != param.stride():  # a transposed gradient, say: copied into the parameter's layout
             grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
         tensors = (param, grad, *slots)
-        (taken if _fits(kernel, [[tensor] for tensor in tensors]) else left).append(tensors)
+        (taken if kernel.fits([[tensor] for tensor in tensors]) else left).append(tensors)
     if taken:
         kernel([*zip(*taken, strict=True)], coefficients)
     return [*zip(*left, strict=True)] if left else [[] for _ in columns]
 
 
-def _fits(kernel: CppStep, columns: Columns) -> bool:
-    # a subclass (DTensor, a quantised or fake tensor) need not have its elements where data_ptr points
-    return {*map(type, columns[0])} <= {Tensor, nn.Parameter} and kernel.fits(columns)
+def _plain(params: Iterable[Tensor]) -> bool:
+    """Whether the elements are where ``data_ptr`` points; a subclass (DTensor, a fake tensor) may keep them elsewhere."""
+    return {*map(type, params)} <= {Tensor, nn.Parameter}
 
 
 # --- any rule, as it is written ---------------------------------------------------------------------------------------
@@ -168,7 +174,9 @@ class Tree(NamedTuple):
                 tree.grads[name] = grad.detach().to(compute_dtype(p.dtype))
                 tree.state[name] = {**slots, "step": clock[now]}
                 infos[name] = _info(name, p.shape, one.group.get("role"))
-        step = next(iter(clock.values())) if len(clock) == 1 else None
+        # a shared count lets elementwise rules inside wrappers run as one flat tensor, which pays for small ones
+        small = sum(map(Tensor.numel, tree.wide.values())) <= _SMALL_MEAN_ELEMENTS * len(tree.wide)
+        step = next(iter(clock.values())) if small and len(clock) == 1 and _plain(tree.params.values()) else None
         at = None if loss is None else torch.as_tensor(loss).detach()
         hp = PerParameter(by_param) if len(work) > 1 else work[0].hp
         return tree._replace(hp=hp, ctx=Context(infos, step, at, horizon))
@@ -179,10 +187,10 @@ def fresh_state(rule: UpdateRule, params: Params, role: str | None) -> State:
     wide = {name: p.detach().to(compute_dtype(p.dtype)) for name, p in params.items()}
     state = rule.init(wide, {name: _info(name, p.shape, role) for name, p in params.items()})
     taken = {_storage(p) for p in wide.values()}
-    return {
-        name: {slot: value.clone() if _storage(value) in taken else value for slot, value in slots.items()} | {"step": 0}
-        for name, slots in state.items()
-    }
+    for slots in state.values():
+        slots |= {slot: value.clone() for slot, value in slots.items() if _storage(value) in taken}
+        slots["step"] = 0
+    return state
 
 
 def transformed(transform: GradientTransform, work: Sequence[Work], horizon: int | None) -> tuple[list[Work], set[str]]:
@@ -242,7 +250,9 @@ def _assign(moves: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """What two tensors have in common if one may be a view of the other."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor
+    return local.untyped_storage()._cdata  # not the address, which meta and empty tensors share
 
 
 @lru_cache(maxsize=65536)

@@ -58,6 +58,11 @@ class _Variant(NamedTuple):
     inner: UpdateRule
     executor: Executor | None
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether a step runs the executor and nothing else."""
+        return self.executor is not None and self.inner is self.whole
+
 
 class RuleOptimizer(torch.optim.Optimizer):
     """Any `UpdateRule` behind torch's calling convention; updates in place and never writes ``p.grad``.
@@ -134,10 +139,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         loaded: dict[Tensor, dict[str, Any]] = {}
 
         def take(_: Any, given: dict[str, Any]) -> None:  # the last pre-hook: it sees what the others made of the dict
-            saved = [(key, group) for group in given["param_groups"] for key in group["params"]]
-            named = [*self._named()]
-            for (key, group), (name, p) in zip(saved, named, strict=False):  # torch refuses other numbers of parameters
+            saved = [(key, group, i) for group in given["param_groups"] for i, key in enumerate(group["params"])]
+            for (key, group, i), (name, p) in zip(saved, [*self._named()], strict=False):  # torch refuses other numbers
                 if given["state"].get(key):
+                    name = group["param_names"][i] if "param_names" in group else name
                     loaded[p] = self._adopted(name, p, group, given["state"][key])
 
         def put(_: Any) -> None:
@@ -209,7 +214,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             if len({group[name] for group in self.param_groups}) > 1:
                 raise ValueError(f"{name} acts on all parameters together, so its param groups must agree")
         work = []
-        names = {id(p): name for name, p in self._named()}
         for group in self.param_groups:
             hp = {name: hyper.validate(name, _number(group[name])) for name, hyper in self._hyper.items()}
             params = [p for p in group["params"] if p.grad is not None]
@@ -219,11 +223,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"gradients must be dense, got {grad.layout}; use nn.Embedding(..., sparse=False)")
             self._variant(group)  # refuses a bad option
             if params:
-                states = [self.state[p] for p in params]
-                work.append(Work(group, hp, [names[id(p)] for p in params], params, grads, states))
-        for one in work:
-            new = {n: p for n, p, s in zip(one.names, one.params, one.states, strict=True) if "step" not in s}
-            for name, slots in fresh_state(self._variant(one.group).whole, new, one.group.get("role")).items() if new else ():
+                work.append(Work(group, hp, [], params, grads, [self.state[p] for p in params]))
+        missing = any("step" not in state for one in work for state in one.states)
+        if missing or not all(self._variant(one.group).is_direct for one in work):
+            names = {id(p): name for name, p in self._named()}
+            work = [one._replace(names=[names[id(p)] for p in one.params]) for one in work]
+        for one in work if missing else ():
+            new = {n: p for n, p, state in zip(one.names, one.params, one.states, strict=True) if "step" not in state}
+            for name, slots in fresh_state(self._variant(one.group).whole, new, one.group.get("role")).items():
                 self.state[new[name]].update(slots)
         return work
 

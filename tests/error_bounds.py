@@ -93,7 +93,8 @@ def _pow(x: Bounded, y: Bounded) -> Bounded:
     value = x.value**y.value
     slope_x = _times((y.value * x.value ** (y.value - 1)).abs(), x.error)
     slope_y = _times((value * x.value.abs().log()).abs(), y.error)
-    return Bounded(value, 2 * (slope_x + slope_y))
+    exact = (x.error == 0) & ((y.error == 0) | (x.value == 0) | (x.value == 1))
+    return Bounded(value, torch.where(exact, 0.0, 2 * (slope_x + slope_y)))
 
 
 def _monotone(function: Callable[[Tensor], Tensor]) -> Callable[[Bounded], Bounded]:

@@ -44,6 +44,7 @@ class WholeLanguage(ElementwiseRule):
 
     lr: float = learning_rate(1e-2, search=(1e-3, 1e-1))
     reach: tuple[float, float] = hyper((0.3, 0.5), -1.0, 1.0, open_low=True, search=(-0.9, 1.0))
+    power: float = hyper(0.25, 0.0, 1.0, open_low=True, search=(0.1, 1.0))
     gentle: bool = option(True, choices=(False, True))
     slots = ("last", "older", "peak", "start")
 
@@ -54,18 +55,25 @@ class WholeLanguage(ElementwiseRule):
 
     def coefficients(self, hp: Any, t: Any) -> dict[str, Any]:
         down, up = hp["reach"]
-        return {"rate": hp["lr"] * metaopt.where(t < 3, t / 3, 1.0), "low": down - 1, "high": up + 1}
+        return {
+            "rate": hp["lr"] * metaopt.where(t < 3, t / 3, 1.0),
+            "low": down - 1,
+            "high": up + 1,
+            "power": hp["power"],
+        }
 
     def elementwise(  # type: ignore[override]
-        self, param: Any, grad: Any, last: Any, older: Any, peak: Any, start: Any, rate: Any, low: Any, high: Any
-    ) -> Any:
+        self, param: Any, grad: Any, last: Any, older: Any, peak: Any, start: Any, rate: Any, low: Any, high: Any,
+        power: Any,
+    ) -> Any:  # fmt: skip
         peak = torch.maximum(0.9 * peak, abs(grad)).clamp(max=100.0)
         scaled = grad / (peak + 1e-3)
         if self.gentle:
-            scaled = scaled * torch.exp(-abs(scaled)) + torch.log(1 + scaled.square())
+            size = (scaled * param).square() ** 0.5
+            scaled = scaled * torch.exp(-size) + torch.log(1 + size**power)
         step = torch.where(last * grad >= 0, torch.clamp(scaled, low, high), -0.5 * torch.sign(older))
         pull = (abs(param) > 10.0) * (param - start) * 0.01
-        return param - rate * (step + pull), grad, last, peak, start
+        return param - rate * (step - (0.1 * scaled - pull) / (peak * 4.0)), grad, last, peak, start
 
 
 def _learned(name: str) -> UpdateRule:
@@ -180,6 +188,12 @@ def _one_or_tuple(declared: Hyper, draw: st.DrawFn) -> Any:
     return draw(numbers(declared))
 
 
+def middle(rule: UpdateRule) -> dict[str, Any]:
+    """Hyperparameters well inside their domains, none at its default."""
+    points = {name: rule.declared()[name].grid(5)[2] for name in rule.hp}
+    return {name: (points[name],) * len(v) if isinstance(v, tuple) else points[name] for name, v in rule.hp.items()}
+
+
 @st.composite
 def options(draw: st.DrawFn, rule: UpdateRule) -> UpdateRule:
     """``rule`` with other options."""
@@ -268,7 +282,10 @@ def functional(problem: Problem, *, shared_step: bool, hp: Mapping[str, Any] | N
 def vmapped(problems: Sequence[Problem]) -> list[tuple[Params, State]]:
     """All copies at once, each with its own values and hyperparameters."""
     first = problems[0]
-    params, state = tree.stack([p.params for p in problems]), tree.stack([p.rule.init(p.params, p.info) for p in problems])
+    params, state = (
+        tree.stack([p.params for p in problems]),
+        tree.stack([p.rule.init(p.params, p.info) for p in problems]),
+    )
     hp = {
         name: tuple(torch.tensor(entry, dtype=torch.float64) for entry in zip(*values, strict=True))
         if isinstance(values[0], tuple)

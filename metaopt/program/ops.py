@@ -53,8 +53,14 @@ def _safe_div(x: Any, y: Any) -> Any:
     return x / y
 
 
-def _tensor_pow(x: Any, y: Any) -> Any:
-    return x**y
+def _safe_pow(x: Any, y: Any) -> Any:
+    """x**y with derivative 0 where it is infinite: at 0, for exponents between 0 and 1."""
+    if not isinstance(x, Tensor) or not torch.is_grad_enabled():
+        return x**y
+    if x.dim() == 0 if isinstance(y, Tensor) else not 0 < y < 1:  # beta**t is no such power, and is on the hot path
+        return x**y
+    steep = (x == 0) & (y > 0) & (y < 1)
+    return torch.where(steep, torch.zeros_like(x), torch.where(steep, torch.ones_like(x), x) ** y)
 
 
 def _scalar_sqrt(x: float) -> float:
@@ -108,7 +114,7 @@ OPS: dict[str, Op] = {
         Op("sub", 2, operator.sub, operator.sub, "{0} - {1}", "({0} - {1})", "sub", 5),
         Op("mul", 2, operator.mul, operator.mul, "{0} * {1}", "({0} * {1})", "mul", 6),
         Op("div", 2, _safe_div, _scalar_div, "{0} / {1}", "({0} / {1})", "div", 6),
-        Op("pow", 2, _tensor_pow, operator.pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
+        Op("pow", 2, _safe_pow, operator.pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
         Op("neg", 1, operator.neg, operator.neg, "-{0}", "(-{0})", "neg", 7),
         Op("abs", 1, torch.abs, abs, "torch.abs({0})", "std::fabs({0})", "abs"),
         Op("sqrt", 1, _safe_sqrt, _scalar_sqrt, "torch.sqrt({0})", "std::sqrt({0})", "sqrt"),

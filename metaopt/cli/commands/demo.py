@@ -15,7 +15,7 @@ STEPS = 200
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything that the demo makes.")] = Path("demo-output"),
-    outer_steps: Annotated[int, typer.Option(help="Outer steps of meta-training.", min=1)] = 300,
+    outer_steps: Annotated[int, typer.Option(help="Outer steps of meta-training.", min=1)] = 200,
     seeds: Annotated[int, typer.Option(help="Final runs per contender and task in the race.", min=1)] = 5,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -44,7 +44,7 @@ def demo(
         outer_steps=outer_steps, outer_lr=0.01, seed=seed, device=check_device(device),
     )  # fmt: skip
     console.rule("1. meta-train a learned optimizer on MLPs that classify 8x8 digits")
-    console.print(f"PES, {16} antithetic pairs, windows of 20 steps of {STEPS}-step runs, {outer_steps} outer steps")
+    console.print(f"PES, 16 antithetic pairs, windows of 20 steps of {STEPS}-step runs, {outer_steps} outer steps")
     result = meta_train(config, out / "lopt")
     losses = [line["meta_loss"] for line in result.metrics]
     tenth = max(len(losses) // 10, 1)
