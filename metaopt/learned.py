@@ -57,8 +57,10 @@ class BoundRule(UpdateRule, eq=False):
     def update(
         self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
     ) -> tuple[Params, State]:
-        """The learned rule's step with this theta."""
-        return self.learned.update(self.theta, grads, state, params, hp, ctx)
+        """The learned rule's step with this theta, moved to where the parameters are."""
+        device = next(iter(params.values())).device if params else None
+        theta = {name: value.to(device) for name, value in self.theta.items()}
+        return self.learned.update(theta, grads, state, params, hp, ctx)
 
     def requirements(self) -> set[str]:
         """What the learned rule needs."""

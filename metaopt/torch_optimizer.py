@@ -229,8 +229,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             names = {id(p): name for name, p in self._named()}
             work = [one._replace(names=[names[id(p)] for p in one.params]) for one in work]
         for one in work if missing else ():
-            new = {n: p for n, p, state in zip(one.names, one.params, one.states, strict=True) if "step" not in state}
-            for name, slots in fresh_state(self._variant(one.group).whole, new, one.group.get("role")).items():
+            new = {n: p for n, p, slots in zip(one.names, one.params, one.states, strict=True) if "step" not in slots}
+            state = fresh_state(self._variant(one.group).whole, new, one.group.get("role")) if new else {}
+            for name, slots in state.items():
                 self.state[new[name]].update(slots)
         return work
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import metaopt
 from metaopt import registry, tree
+from metaopt.learned import BoundRule
 from metaopt.rule import Chain, Context, ElementwiseRule, ParamInfo, Params, State, UpdateRule, infer_info
 from metaopt.space import Hyper, Option, hyper, learning_rate, option
 from metaopt.task import Batch, Split, Task
@@ -204,7 +205,7 @@ def options(draw: st.DrawFn, rule: UpdateRule) -> UpdateRule:
         elif isinstance(declared, Option) and declared.low is not None:
             chosen[name] = draw(st.integers(declared.low, max(declared.low, rule.values()[name])))
     # the width of a learned rule belongs to its theta
-    return rule.replaced(**chosen) if rule not in LEARNED.values() else rule
+    return rule if isinstance(rule, BoundRule) else rule.replaced(**chosen)
 
 
 @st.composite
@@ -223,9 +224,10 @@ def copies(
     *,
     steps: int | None = None,
     shapes: Sequence[tuple[int, ...]] = SHAPES,
+    other_options: bool = True,
 ) -> list[Problem]:
     """Problems of one structure: they differ in values and hyperparameters."""
-    rule = draw(options(rule))
+    rule = draw(options(rule)) if other_options else rule
     chosen = draw(st.lists(st.sampled_from(shapes), min_size=1, max_size=3))
     length = draw(st.integers(1, 6)) if steps is None else steps
     zeros = draw(st.sampled_from([0.2, 0.0, 1.0]))

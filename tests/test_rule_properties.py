@@ -121,7 +121,9 @@ def test_state_is_tensors_that_stack_and_numbers_that_save(name: str, dtype: tor
 @given(data=st.data(), dtype=dtypes, execution=executions)
 def test_two_param_groups_behave_as_two_optimizers(name: str, dtype: torch.dtype, execution: Any, data: Any) -> None:
     few = ((4, 4), (3, 5), (7,), (3, 2, 2, 2), ())  # so that both groups have tensors of one shape
-    left, right = (data.draw(problems(BY_TENSOR[name], dtype, steps=3, shapes=few)) for _ in range(2))
+    left = data.draw(problems(BY_TENSOR[name], dtype, steps=3, shapes=few))
+    alike = data.draw(st.booleans())  # groups of other options are stepped apart
+    right = data.draw(problems(left.rule, dtype, steps=3, shapes=few, other_options=not alike))
     apart = [Stepper(problem, execution=execution) for problem in (left, right)]
     together = [Stepper(problem) for problem in (left, right)]
     groups = [{"params": list(s.params.values()), **s.problem.rule.values()} for s in together]

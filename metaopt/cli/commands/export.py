@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.cli.commands.options import Device, Seed, Settings, parse_settings
+from metaopt.cli.commands.options import Settings, parse_settings
 
 
 def export(
@@ -16,10 +16,8 @@ def export(
     class_name: Annotated[str | None, typer.Option("--class", help="Name of the class; default from NAME.")] = None,
     settings: Settings = [],  # noqa: B006 - typer copies it
     exporter: Annotated[str, typer.Option(help="How to write it (metaopt list exporters).")] = "torch",
-    seed: Seed = 0,
-    device: Device = "cpu",
 ) -> None:
-    """Write an optimizer as one Python file that needs only torch. (--seed and --device change nothing here.)
+    """Write an optimizer as one Python file that needs only torch.
 
     Example: [bold]metaopt export lion --to lion.py --set weight_decay=0.1[/bold]
     """
