@@ -72,7 +72,7 @@ class Hyper:
             for number in worst:
                 self._require(name, number)
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
             raise TypeError(f"{name} must be a number in {self.domain}, got {value!r}; for example {self.default!r}")
         number = float(value)
         self._require(name, number)
@@ -86,13 +86,17 @@ class Hyper:
         """``points`` values spread over ``search`` (or the finite domain) on this scale.
 
         Raises:
-            ValueError: neither a search range nor a finite domain was declared, or ``points`` < 1.
+            ValueError: neither a search range nor a domain that can be spread over was declared, or ``points`` < 1.
         """
         low, high = self.search or (self.low, self.high)
         if points < 1:
             raise ValueError(f"a grid needs at least 1 point, got {points}")
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"a grid needs a finite range, but only {self.domain} is declared; give search=(low, high)")
+        spreads = {"linear": True, "log": low > 0, "decay": high < 1}[self.scale]
+        if not (self.contains(low) and self.contains(high) and spreads):
+            raise ValueError(
+                f"a grid on a {self.scale} scale needs a range with both ends, but only {self.domain} is declared; "
+                f"give search=(low, high)"
+            )
         if points == 1:
             return [low if self.scale == "linear" else math.sqrt(low * high)]
         steps = [i / (points - 1) for i in range(points)]

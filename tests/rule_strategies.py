@@ -93,7 +93,7 @@ UNCOUPLED_WRAPPERS: dict[str, UpdateRule] = {
     "lookahead": Lookahead(AdamW(), k=2),
     "cautious": Cautious(AdamW()),
     "weight_decay": DecoupledWeightDecay(TenLines()),
-    "lookahead_cautious": Lookahead(Cautious(SGD(momentum=0.9)), k=3),
+    "lookahead_cautious": Lookahead(Cautious(TenLines()), k=3),  # it has no weight_decay to split off
 }
 COUPLED_WRAPPERS: dict[str, UpdateRule] = {
     "clip_adamw": Chain(ClipByGlobalNorm(1.0), AdamW()),
@@ -171,7 +171,7 @@ def numbers(declared: Hyper) -> st.SearchStrategy[float]:
     """Values inside the domain: the range worth searching, the default, and the ends that belong to the domain."""
     defaults = declared.default if isinstance(declared.default, tuple) else (declared.default,)
     low, high = declared.search or (declared.low, declared.high)
-    usual = declared.grid(17) if math.isfinite(low) and math.isfinite(high) else []
+    usual = declared.grid(17) if declared.contains(low) and declared.contains(high) else []
     ends = [end for end in (declared.low, declared.high) if math.isfinite(end)]
     return st.sampled_from([x for x in (*defaults, *usual, *ends) if declared.contains(x)])
 

@@ -40,7 +40,7 @@ from rule_strategies import (
 )
 
 from metaopt.export import write_module
-from metaopt.program import compile_cpp, compiler, python_source, trace
+from metaopt.program import OPS, compile_cpp, compiler, python_source, trace
 from metaopt.rule import ElementwiseRule, Params, State, flat_hp
 
 AMPLIFIED = {
@@ -156,6 +156,16 @@ def test_every_execution_of_an_elementwise_rule_computes_its_program(name: str, 
     assert_within(problem, printed(problem), want, "the printed source")
     for execution in ("plain", "loop", "foreach", "auto"):
         assert_within(problem, Stepper(problem, execution=execution).run(), want, execution)
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(OPS.keys() - {"where"})))
+def test_scalar_arithmetic_is_the_same_on_floats_and_on_tensors(name: str, data: Any) -> None:
+    """Else coefficients of an unroll and of an optimizer would differ, or one of them would raise."""
+    corners = st.sampled_from([0.0, 1.0, -1.0, 0.5, -2.0, 3.0, 0.999, 1e200, -1e200, 1e-200])
+    args = [data.draw(corners) for _ in range(OPS[name].arity)]
+    want = OPS[name].plain(*(torch.tensor(arg, dtype=torch.float64) for arg in args))
+    got = torch.tensor(OPS[name].scalar(*args), dtype=torch.float64)
+    torch.testing.assert_close(got, want.to(torch.float64), rtol=1e-14, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler: set CXX or install g++")

@@ -123,8 +123,7 @@ def test_declarations_are_consistent(name: str) -> None:
             defaults = declared.default if isinstance(declared.default, tuple) else (declared.default,)
             assert all(map(declared.contains, (*defaults, *(declared.search or ()))))
             assert declared.doc or name not in REGISTERED
-            if declared.search:
-                assert all(map(declared.contains, declared.grid(7)))
+            assert all(map(declared.contains, declared.grid(7)))
 
 
 def test_groups_of_a_rule_that_couples_them_must_agree_on_what_couples() -> None:
@@ -139,3 +138,18 @@ def test_groups_of_a_rule_that_couples_them_must_agree_on_what_couples() -> None
     optimizer.param_groups[1]["max_norm"] = 1.0
     optimizer.step()
     assert (1 - weights[0]).min() > 50 * (1 - weights[1]).max() > 0  # each with its own lr
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        Hyper(0.5),
+        Hyper(0.5, 0.0),
+        Hyper(0.5, 0.0, 1.0, scale="log"),
+        Hyper(0.5, 0.0, 1.0, open_high=True),
+        Hyper(0.5, 0.0, 1.0, scale="decay"),
+    ],
+)
+def test_grid_is_refused_where_the_domain_cannot_be_spread_over(declared: Hyper) -> None:
+    with pytest.raises(ValueError, match=r"give search=\(low, high\)"):
+        declared.grid(5)

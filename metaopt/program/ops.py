@@ -63,6 +63,14 @@ def _safe_pow(x: Any, y: Any) -> Any:
     return torch.where(steep, torch.zeros_like(x), torch.where(steep, torch.ones_like(x), x) ** y)
 
 
+def _scalar_pow(x: float, y: float) -> float:
+    try:
+        power = x**y
+    except (ZeroDivisionError, OverflowError):
+        return float(torch.tensor(x, dtype=torch.float64) ** y)
+    return math.nan if isinstance(power, complex) else power
+
+
 def _scalar_sqrt(x: float) -> float:
     return math.sqrt(x) if x >= 0 else math.nan
 
@@ -114,7 +122,7 @@ OPS: dict[str, Op] = {
         Op("sub", 2, operator.sub, operator.sub, "{0} - {1}", "({0} - {1})", "sub", 5),
         Op("mul", 2, operator.mul, operator.mul, "{0} * {1}", "({0} * {1})", "mul", 6),
         Op("div", 2, _safe_div, _scalar_div, "{0} / {1}", "({0} / {1})", "div", 6),
-        Op("pow", 2, _safe_pow, operator.pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
+        Op("pow", 2, _safe_pow, _scalar_pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
         Op("neg", 1, operator.neg, operator.neg, "-{0}", "(-{0})", "neg", 7),
         Op("abs", 1, torch.abs, abs, "torch.abs({0})", "std::fabs({0})", "abs"),
         Op("sqrt", 1, _safe_sqrt, _scalar_sqrt, "torch.sqrt({0})", "std::sqrt({0})", "sqrt"),
