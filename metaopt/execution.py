@@ -30,7 +30,7 @@ from metaopt.rule import (
 Execution = Literal["auto", "cpp", "foreach", "loop", "plain"]
 EXECUTIONS: tuple[Execution, ...] = ("auto", "cpp", "foreach", "loop", "plain")
 
-# A generated C++ step costs 2 s to build once; below this many elements it cannot earn them back soon.
+# A generated C++ step takes a fraction of a second to build, once; below this size it cannot earn that back soon.
 _CPP_MIN_ELEMENTS = 32_768
 # On a CPU, operations on many tensors at once stream all of them through the cache again and again: only where they are
 # this small on average does the saving in calls outweigh that.

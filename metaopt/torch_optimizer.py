@@ -93,6 +93,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._shared_options = _shared_options(self.rule)
         self._needed = self.rule.requirements()
         self._variants: dict[tuple[Any, ...], _Variant] = {}
+        self._latest: tuple[tuple[Any, ...], dict[str, Any]] = ((None,), {})
 
     # --- torch's protocol -------------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule = rule.rule
         alike: dict[tuple[Any, ...], list[Work]] = {}
         for one in work:
-            alike.setdefault(tuple(one.group[name] for name in self._options), []).append(one)
+            alike.setdefault(tuple([one.group[name] for name in self._options]), []).append(one)
         for same in alike.values():
             self._step_alike(same, foreign, closure if "closure" in self._needed else None, loss)
         return loss if closure is not None else None
@@ -215,7 +216,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} acts on all parameters together, so its param groups must agree")
         work = []
         for group in self.param_groups:
-            hp = {name: hyper.validate(name, _number(group[name])) for name, hyper in self._hyper.items()}
+            hp = self._accepted(tuple([_number(group[name]) for name in self._hyper]))
             params = [p for p in group["params"] if p.grad is not None]
             grads = [p.grad for p in params]
             for grad in grads:
@@ -224,8 +225,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._variant(group)  # refuses a bad option
             if params:
                 work.append(Work(group, hp, [], params, grads, [self.state[p] for p in params]))
-        missing = any("step" not in state for one in work for state in one.states)
-        if missing or not all(self._variant(one.group).is_direct for one in work):
+        missing = not all(["step" in state for one in work for state in one.states])
+        if missing or not all([self._variant(one.group).is_direct for one in work]):
             names = {id(p): name for name, p in self._named()}
             work = [one._replace(names=[names[id(p)] for p in one.params]) for one in work]
         for one in work if missing else ():
@@ -235,8 +236,15 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.state[new[name]].update(slots)
         return work
 
+    def _accepted(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        """Hyperparameters by name, checked against their domains; the latest ones are not checked again."""
+        if values != self._latest[0]:
+            checked = {n: h.validate(n, value) for (n, h), value in zip(self._hyper.items(), values, strict=True)}
+            self._latest = (values, checked)
+        return self._latest[1]
+
     def _variant(self, group: Mapping[str, Any]) -> _Variant:
-        values = tuple(group[name] for name in self._options)
+        values = tuple([group[name] for name in self._options])
         if values not in self._variants:
             whole = inner = self.rule.replaced(**dict(zip(self._options, values, strict=True)))
             while isinstance(inner, Chain):

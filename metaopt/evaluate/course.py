@@ -1,4 +1,4 @@
-"""What contenders run on: a task, or a family with one member per seed, started, trained and scored for K seeds at once."""
+"""What contenders run on: a task, or a family with one member per seed; K seeds start, train and score at once."""
 
 from __future__ import annotations
 

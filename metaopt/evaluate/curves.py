@@ -14,7 +14,7 @@ from metaopt.evaluate.race import Entry, RaceResult
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 _LOG_RATIO = 8.0  # a positive loss that falls by more than this is drawn on a log axis
-_SMOOTH = 50  # curves are running means over 1/50 of a run
+_SMOOTH = 25  # curves are running means over 1/25 of a run
 
 
 def figure_png(result: RaceResult) -> bytes:
@@ -101,7 +101,7 @@ def _scale(panel: Any, entries: list[Entry]) -> None:
 
 
 def _quartiles(curves: np.ndarray) -> np.ndarray:
-    """Quartiles over seeds [3, steps]; NaN ranks as +inf, and observed values are taken so that inf - inf never arises."""
+    """Quartiles over seeds [3, steps]; NaN ranks as +inf, and no values are interpolated (inf - inf)."""
     ranked = np.where(np.isfinite(curves), curves, np.inf)
     return np.quantile(ranked, [0.25, 0.5, 0.75], axis=0, method="inverted_cdf")
 

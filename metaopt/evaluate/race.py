@@ -130,8 +130,8 @@ def race(
     """Tune every contender alike, run it from fresh seeds, score it on the test split; see the module for the protocol.
 
     Args:
-        contenders: name -> rule (a learned optimizer bound to its theta), or a list of rules. Instead of a rule, whatever
-            `metaopt.resolve.resolve_rule` takes: a registered name, a file, the directory of a meta-training run.
+        contenders: name -> rule (a learned optimizer bound to its theta), or a list of rules. Instead of a rule,
+            whatever `metaopt.resolve.resolve_rule` takes: a registered name, a file, a meta-training run's directory.
         tasks: tasks, families or registered names.
         seeds: final runs per contender and task.
         grid: learning rates over the declared search range, at least 3; 0: no tuning, each rule runs with its own.
@@ -193,9 +193,7 @@ def race(
     )  # fmt: skip
 
 
-def _final(
-    course: Course, name: str, rule: UpdateRule, tuning: Tuning | None, seeds: list[int], advance: Any
-) -> Entry:
+def _final(course: Course, name: str, rule: UpdateRule, tuning: Tuning | None, seeds: list[int], advance: Any) -> Entry:
     """The runs that count."""
     hp = {"lr": tuning.lr} if tuning else None
     marks = sorted({round(course.steps * i / CHECKPOINTS) for i in range(1, CHECKPOINTS + 1)} - {0})

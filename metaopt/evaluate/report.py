@@ -29,7 +29,7 @@ FORMAT = 1
 
 
 def save(result: RaceResult, directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Write ``race.json``, ``curves.png`` and ``race.txt`` into ``directory`` (made if missing); each whole or not at all.
+    """Write ``race.json``, ``curves.png`` and ``race.txt`` into ``directory``, each whole or not at all.
 
     Returns:
         ``{"json": path, "curves": path, "table": path}``.
@@ -53,7 +53,7 @@ def _on_one_line(numbers: re.Match[str]) -> str:
 
 
 def as_json(result: RaceResult) -> dict[str, Any]:
-    """Everything in the result, JSON-ready; NaN and infinities become null. Only ``wall_clock`` differs between equal races."""
+    """Everything in the result; NaN and infinities become None. Only ``wall_clock`` differs between equal races."""
     return {
         "format": FORMAT,
         "versions": {

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-_INFINITE = 1e300  # stands for +inf while resampling, for which inf - inf would be NaN; means of fewer than 1e50 keep it
-_INFINITE_FROM = 1e250
+_INFINITE = 1e120  # stands for +inf while resampling, where inf - inf would be NaN; beyond float32, and its square is finite
+_INFINITE_FROM = 1e100
 
 
 @dataclass(frozen=True)

@@ -351,6 +351,7 @@ class CppStep:
     ) -> None:
         self.program = program
         self.dtypes = dtypes
+        self._distinct = {*dtypes}
         self._names = program.coefficients
         self._function = library.step
         self._function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
@@ -362,13 +363,17 @@ class CppStep:
         The tensors must be on the CPU, have the dtypes of this step and be dense; and those of one parameter must agree
         in shape and, unless they are contiguous, in strides. Each column is taken to live on one device.
         """
-        sizes = [*map(Tensor.numel, columns[0])]
-        for k, column in enumerate(columns):
-            if {*map(_dtype, column)} - {self.dtypes[min(k, 2)]} or not all(t.is_cpu for t in column[:1]):
+        tensors = [*chain.from_iterable(columns)]
+        count = len(columns[0])
+        sizes = [*map(Tensor.numel, tensors)]
+        if sizes != sizes[:count] * len(columns) or not all([column[0].is_cpu for column in columns if column]):
+            return False
+        if len(self._distinct) == 1:
+            if {*map(_dtype, tensors)} - self._distinct:
                 return False
-            if k and [*map(Tensor.numel, column)] != sizes:
-                return False
-        if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+        elif any([{*map(_dtype, column)} - {self.dtypes[min(k, 2)]} for k, column in enumerate(columns)]):
+            return False
+        if all(map(Tensor.is_contiguous, tensors)):
             return True
         return all(_same_layout(tensors) for tensors in zip(*columns, strict=True))
 

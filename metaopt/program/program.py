@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,6 +60,9 @@ class Program:
             raise ValueError(f"a program over {self.tensors} has {len(self.tensors) - 1} outputs, got {len(self.outputs)}")
         self._require(known, self.outputs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Program, (self.scalars, self.tensors, self.statements, self.outputs))  # not what was cached
+
     @staticmethod
     def _require(known: set[str], args: tuple[Arg, ...]) -> None:
         for arg in args:
@@ -74,12 +78,12 @@ class Program:
                 names.add(s.target)
         return frozenset(names)
 
-    @property
+    @cached_property
     def prelude(self) -> tuple[Statement, ...]:
         """The scalar statements."""
         return tuple(s for s in self.statements if s.target in self.scalar_names)
 
-    @property
+    @cached_property
     def kernel(self) -> tuple[Statement, ...]:
         """The elementwise statements."""
         return tuple(s for s in self.statements if s.target not in self.scalar_names)
@@ -91,9 +95,24 @@ class Program:
         ordered = [*self.scalars, *(s.target for s in self.prelude)]
         return tuple(name for name in ordered if name in used)
 
+    @cached_property
+    def _prelude_on_floats(self) -> Callable[..., dict[str, float]]:
+        """The prelude as one Python function of the scalars, for speed; its text holds numbered names only."""
+        names = {name: f"x{i}" for i, name in enumerate((*self.scalars, *(s.target for s in self.prelude)))}
+        functions = {f"f_{name}": op.scalar for name, op in OPS.items()}
+        lines = [f"def prelude({', '.join(names[name] for name in self.scalars)}):"]
+        for s in self.prelude:
+            arguments = ", ".join(names[a] if isinstance(a, str) else _literal(a) for a in s.args)
+            lines.append(f"    {names[s.target]} = f_{s.op}({arguments})")
+        lines.append(f"    return {{{', '.join(f'{name!r}: {names[name]}' for name in self.coefficients)}}}")
+        exec("\n".join(lines), functions)
+        return functions["prelude"]
+
     def scalar_values(self, scalars: Mapping[str, Any]) -> dict[str, Any]:
         """Run the prelude on floats or on float64 tensors; returns the kernel's `coefficients`."""
         values: dict[str, Any] = {name: _wide(scalars[name]) for name in self.scalars}
+        if not any(isinstance(value, Tensor) for value in values.values()):  # each step of an optimizer: make it quick
+            return self._prelude_on_floats(*values.values())
         for s in self.prelude:
             args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
             op = OPS[s.op]
@@ -102,6 +121,10 @@ class Program:
             else:
                 values[s.target] = op.scalar(*args)
         return {name: values[name] for name in self.coefficients}
+
+
+def _literal(number: float) -> str:
+    return repr(number) if math.isfinite(number) else f"float('{number!r}')"
 
 
 def _wide(value: Any) -> Any:
