@@ -14,7 +14,9 @@ import metaopt
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Versions, processor, threads and date."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    )
     return {
         "date": datetime.date.today().isoformat(),
         "device": name,

@@ -96,10 +96,14 @@ def main() -> None:
                 speeds.append(ours(task, rule, k, backend))
                 console.print(f"{name}, {backend}, K = {k}: {speeds[-1]:,.0f}", style="dim")
             table.add_row(name, backend, *(f"{s:,.0f} ({s / peer:.1f}x)" for s in speeds))
-            rows.append({"rule": name, "backend": backend, "steps_per_second": dict(zip(given.copies, speeds, strict=True))})
+            rows.append(
+                {"rule": name, "backend": backend, "steps_per_second": dict(zip(given.copies, speeds, strict=True))}
+            )
     console.print(table)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"machine": machine(given.device), "torch_loop": peer, "rows": rows}, indent=2) + "\n")
+    given.out.write_text(
+        json.dumps({"machine": machine(given.device), "torch_loop": peer, "rows": rows}, indent=2) + "\n"
+    )
     console.print(f"written: {given.out}")
 
 

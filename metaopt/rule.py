@@ -383,7 +383,9 @@ class Chain(UpdateRule):
     def __init__(self, *parts: GradientTransform | UpdateRule) -> None:
         *transforms, rule = parts or (None,)
         if not isinstance(rule, UpdateRule) or not all(isinstance(t, GradientTransform) for t in transforms):
-            raise TypeError("Chain takes gradient transforms followed by one rule, as in Chain(ClipByGlobalNorm(1.0), AdamW())")
+            raise TypeError(
+                "Chain takes gradient transforms followed by one rule, as in Chain(ClipByGlobalNorm(1.0), AdamW())"
+            )
         object.__setattr__(self, "transforms", tuple(transforms))
         object.__setattr__(self, "rule", rule)
         self.__post_init__()

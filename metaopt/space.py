@@ -119,7 +119,9 @@ class Option:
     def validate(self, name: str, value: Any) -> Any:
         """Return ``value``, or raise ``ValueError`` naming the allowed ones."""
         if self.choices is not None and value not in self.choices:
-            raise ValueError(f"{name} must be one of {list(self.choices)}, got {value!r}; the default is {self.default!r}")
+            raise ValueError(
+                f"{name} must be one of {list(self.choices)}, got {value!r}; the default is {self.default!r}"
+            )
         if self.low is not None and (not isinstance(value, int) or isinstance(value, bool) or value < self.low):
             raise ValueError(
                 f"{name} must be an integer of at least {self.low}, got {value!r}; the default is {self.default!r}"

@@ -125,7 +125,10 @@ def unroll(
 
     offsets = torch.arange(steps, device=carry.step.device)
     indices = sample_indices(
-        carry.seeds.repeat_interleave(steps), (carry.step[:, None] + offsets).reshape(-1), task.batch_size, len(task.train)
+        carry.seeds.repeat_interleave(steps),
+        (carry.step[:, None] + offsets).reshape(-1),
+        task.batch_size,
+        len(task.train),
     ).reshape(k, steps, task.batch_size)
     params, state, count, alive = carry.params, carry.state, carry.step, carry.alive
     losses = []
@@ -172,7 +175,9 @@ def _vectorized(task: Task, rule: UpdateRule, stacked: bool, dims: Any, backend:
     key = (core.structure(), stacked, tuple(sorted(dims.items())), backend)
     cache = _STEPS.setdefault(task, {})
     if key not in cache:
-        cache[key] = registry.create("unroll_backend", backend, step=_step_all(weakref.proxy(task), rule, stacked, dims))
+        cache[key] = registry.create(
+            "unroll_backend", backend, step=_step_all(weakref.proxy(task), rule, stacked, dims)
+        )
     return cache[key]
 
 

@@ -23,7 +23,7 @@ def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def under(arrays: dict[str, np.ndarray], prefix: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The arrays below ``prefix/`` as tensors."""
     start = f"{prefix}/"
-    return {k[len(start):]: torch.from_numpy(v).to(dtype) for k, v in arrays.items() if k.startswith(start)}
+    return {k[len(start) :]: torch.from_numpy(v).to(dtype) for k, v in arrays.items() if k.startswith(start)}
 
 
 def assert_trajectory_close(got: Tensor, want: Tensor, start: Tensor, *, of_move: float, of_size: float) -> None:

@@ -120,7 +120,11 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
-    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2

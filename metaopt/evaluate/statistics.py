@@ -24,7 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-_INFINITE = 1e120  # stands for +inf while resampling, where inf - inf would be NaN; beyond float32, and its square is finite
+_INFINITE = 1e120  # stands for +inf, for which inf - inf would be NaN; beyond float32, and its square is finite
+    1e120  # stands for +inf while resampling, where inf - inf would be NaN; beyond float32, and its square is finite
+)
 _INFINITE_FROM = 1e100
 
 

@@ -71,9 +71,7 @@ class Bundle:
         ExportError: something that the rule reaches cannot be part of one file.
     """
 
-    def __init__(
-        self, rule: UpdateRule, reserved: Iterable[str], also: Iterable[Any], told: tuple[type, str]
-    ) -> None:
+    def __init__(self, rule: UpdateRule, reserved: Iterable[str], also: Iterable[Any], told: tuple[type, str]) -> None:
         self.told = told
         self.tensors: dict[str, Tensor] = {}
         self.needs: set[str] = set()

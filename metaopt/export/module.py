@@ -179,11 +179,11 @@ def _header(rule: UpdateRule, name: str, path: Path) -> str:
 
 Written by metaopt {metaopt.__version__} from this rule:
 
-{textwrap.indent(described, '    ')}
+{textwrap.indent(described, "    ")}
 
 Use it like any other::
 
-    from {path.stem if path.stem.isidentifier() else 'this_file'} import {name}
+    from {path.stem if path.stem.isidentifier() else "this_file"} import {name}
 
     {usage}
 
@@ -288,7 +288,7 @@ def _inline(tensors: dict[str, Tensor]) -> str:
     numbers = [float(x) for tensor in tensors.values() for x in tensor.flatten().tolist()]
     data = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
     shapes = "\n".join(f"    {name!r}: {tuple(tensor.shape)},".replace("'", '"') for name, tensor in tensors.items())
-    return f"_SHAPES = {{\n{shapes}\n}}\n_NUMBERS = \"\"\"\n{textwrap.fill(data, 112)}\n\"\"\""
+    return f'_SHAPES = {{\n{shapes}\n}}\n_NUMBERS = """\n{textwrap.fill(data, 112)}\n"""'
 
 
 def describe(rule: Declared) -> str:

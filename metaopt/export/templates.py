@@ -120,10 +120,10 @@ CLOSURE_AT = '''
         return evaluate
 '''
 
-NUMBER = '''
+NUMBER = """
 def _number(value):
     return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
-'''
+"""
 
 LOAD_INLINE = '''
 @functools.cache
@@ -151,7 +151,7 @@ def load_tensors(label, device):
     return {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(f"{label}/")}
 '''
 
-SMOKE = '''
+SMOKE = """
 if __name__ == "__main__":  # a smoke test
     x = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 12).reshape(3, 4))
     optimizer = {name}([x]{arguments})
@@ -164,4 +164,4 @@ if __name__ == "__main__":  # a smoke test
 
     losses = [optimizer.step(closure).item() for _ in range(20)]
     print(f"loss {{losses[0]:.4g}} -> {{losses[-1]:.4g}} in 20 steps")
-'''
+"""

@@ -57,7 +57,9 @@ class Program:
             self._require(known, s.args)
             known.add(s.target)
         if len(self.outputs) != len(self.tensors) - 1:
-            raise ValueError(f"a program over {self.tensors} has {len(self.tensors) - 1} outputs, got {len(self.outputs)}")
+            raise ValueError(
+                f"a program over {self.tensors} has {len(self.tensors) - 1} outputs, got {len(self.outputs)}"
+            )
         self._require(known, self.outputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,7 +101,7 @@ class Program:
     def _prelude_on_floats(self) -> Callable[..., dict[str, float]]:
         """The prelude as one Python function of the scalars, for speed; its text holds numbered names only."""
         names = {name: f"x{i}" for i, name in enumerate((*self.scalars, *(s.target for s in self.prelude)))}
-        functions = {f"f_{name}": op.scalar for name, op in OPS.items()}
+        functions: dict[str, Any] = {f"f_{name}": op.scalar for name, op in OPS.items()}
         lines = [f"def prelude({', '.join(names[name] for name in self.scalars)}):"]
         for s in self.prelude:
             arguments = ", ".join(names[a] if isinstance(a, str) else _literal(a) for a in s.args)

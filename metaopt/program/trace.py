@@ -50,7 +50,9 @@ class Symbol:
         return lambda *args, **kwargs: self._tracer.call(name, (self, *args), kwargs)
 
     def __bool__(self) -> bool:
-        raise TraceError(f"a branch on {self._name} depends on tensor values or on t; write torch.where or where() instead")
+        raise TraceError(
+            f"a branch on {self._name} depends on tensor values or on t; write torch.where or where() instead"
+        )
 
     def __float__(self) -> float:
         raise TraceError(f"{self._name} has no value while tracing; use operators and torch functions only")
@@ -90,7 +92,9 @@ class _Tracer:
             return value._name
         if isinstance(value, (int, float)):
             return float(value)
-        raise TraceError(f"{value!r} is neither a number nor a traced value; an elementwise rule works on its arguments")
+        raise TraceError(
+            f"{value!r} is neither a number nor a traced value; an elementwise rule works on its arguments"
+        )
 
     def emit(self, op: str, *args: Any) -> Symbol:
         names = tuple(self.arg(a) for a in args)

@@ -28,7 +28,11 @@ class Adafactor(TensorRule):
     lr: float = learning_rate(1e-2, search=(1e-3, 1.0))
     beta2_decay: float = hyper(-0.8, -1.0, 0.0, doc="exponent of the second moment's weight")
     eps: tuple[float, float] = hyper(
-        (0.0, 1e-3), 0.0, scale="log", search=(1e-10, 1e-2), doc="eps[0] = 0 stands for the machine epsilon of the dtype"
+        (0.0, 1e-3),
+        0.0,
+        scale="log",
+        search=(1e-10, 1e-2),
+        doc="eps[0] = 0 stands for the machine epsilon of the dtype",
     )
     d: float = hyper(1.0, 0.0, open_low=True, scale="log", search=(0.5, 4.0), doc="RMS at which updates are clipped")
     weight_decay: float = hyper(0.0, 0.0, scale="log", search=(1e-4, 1.0), doc="decoupled, times lr")

@@ -9,8 +9,20 @@ import torch
 from metaopt.rule import ElementwiseRule, HyperValues
 from metaopt.space import hyper, learning_rate, option
 
-_BETAS: dict[str, Any] = {"low": 0.0, "high": 1.0, "open_high": True, "scale": "decay", "search": (0.8, 0.9999), "doc": "EMA decays"}
-_EPS: dict[str, Any] = {"low": 0.0, "scale": "log", "search": (1e-10, 1e-4), "doc": "added to the root of the second moment"}
+_BETAS: dict[str, Any] = {
+    "low": 0.0,
+    "high": 1.0,
+    "open_high": True,
+    "scale": "decay",
+    "search": (0.8, 0.9999),
+    "doc": "EMA decays",
+}
+_EPS: dict[str, Any] = {
+    "low": 0.0,
+    "scale": "log",
+    "search": (1e-10, 1e-4),
+    "doc": "added to the root of the second moment",
+}
 
 
 def _adam_coefficients(hp: HyperValues, t: Any) -> dict[str, Any]:

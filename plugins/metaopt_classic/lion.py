@@ -32,9 +32,7 @@ class Lion(ElementwiseRule):
         beta1, beta2 = hp["betas"]
         return {"beta1": beta1, "beta2": beta2, "lr": hp["lr"], "decay": 1 - hp["lr"] * hp["weight_decay"]}
 
-    def elementwise(
-        self, param: Any, grad: Any, exp_avg: Any, beta1: Any, beta2: Any, lr: Any, decay: Any
-    ) -> Any:
+    def elementwise(self, param: Any, grad: Any, exp_avg: Any, beta1: Any, beta2: Any, lr: Any, decay: Any) -> Any:
         """See the class."""
         direction = torch.sign(beta1 * exp_avg + (1 - beta1) * grad)
         return param * decay - lr * direction, beta2 * exp_avg + (1 - beta2) * grad

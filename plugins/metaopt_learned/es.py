@@ -38,7 +38,13 @@ class _Antithetic(GradientEstimator):
         return episode_seeds(int(clock["seed"]), which, clock["episode"][which])
 
     def _run_window(
-        self, inner: InnerProblem, theta: Theta, thetas: Theta, state: dict[str, Any], clock: dict[str, Tensor], branches: int
+        self,
+        inner: InnerProblem,
+        theta: Theta,
+        thetas: Theta,
+        state: dict[str, Any],
+        clock: dict[str, Tensor],
+        branches: int,
     ) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Tensor]]:
         """K steps of ``branches`` x N copies, restarting pairs whose episode ends.
 
@@ -152,9 +158,7 @@ class PES(_Antithetic):
         return from_vector(gradient, theta), new_carry, _metrics(losses, dropped)
 
 
-def pes_gradient(
-    delta: Tensor, live: Tensor, fresh: Tensor, accumulator: Tensor, eps: Tensor, sigma: float
-) -> Tensor:
+def pes_gradient(delta: Tensor, live: Tensor, fresh: Tensor, accumulator: Tensor, eps: Tensor, sigma: float) -> Tensor:
     """The PES estimate of one window.
 
     Args:

@@ -131,5 +131,7 @@ def test_meta_training_improves_unseen_runs(estimator: str, tmp_path: Path) -> N
     untrained = trained.learned.bind(trained.learned.init_theta(torch.Generator().manual_seed(0)))
     seeds = torch.arange(10_000, 10_016)
     with torch.no_grad():
-        ends = [unroll(task, rule, start(task, rule, seeds), 30)[0][:, -1] for rule in (untrained, load_theta(tmp_path))]
+        ends = [
+            unroll(task, rule, start(task, rule, seeds), 30)[0][:, -1] for rule in (untrained, load_theta(tmp_path))
+        ]
     assert ends[1].mean() < 0.2 * ends[0].mean()

@@ -11,7 +11,9 @@ from metaopt.cli.commands.options import Settings, parse_settings
 
 
 def export(
-    name: Annotated[str, typer.Argument(help="A registered name, FILE.py:RULE, or a directory of a meta-training run.")],
+    name: Annotated[
+        str, typer.Argument(help="A registered name, FILE.py:RULE, or a directory of a meta-training run.")
+    ],
     to: Annotated[Path, typer.Option("--to", help="The Python file to write.")],
     class_name: Annotated[str | None, typer.Option("--class", help="Name of the class; default from NAME.")] = None,
     settings: Settings = [],  # noqa: B006 - typer copies it

@@ -11,18 +11,25 @@ from metaopt.cli.commands.options import Backend, Device, Seed, check_device, pa
 
 
 def meta_train(
-    learned: Annotated[str, typer.Argument(help="A learned optimizer (metaopt list learned-optimizers).")] = "small_fc_lopt",
+    learned: Annotated[
+        str, typer.Argument(help="A learned optimizer (metaopt list learned-optimizers).")
+    ] = "small_fc_lopt",
     task: Annotated[str, typer.Option(help="The inner problem (metaopt list tasks).")] = "digits_mlp",
     estimator: Annotated[str, typer.Option(help="The meta-gradient (metaopt list estimators).")] = "pes",
-    out: Annotated[Path, typer.Option(help="Directory of the run; one that holds a run is resumed.")] = Path("runs/meta"),
+    out: Annotated[Path, typer.Option(help="Directory of the run; one that holds a run is resumed.")] = Path(
+        "runs/meta"
+    ),
     steps: Annotated[int, typer.Option(help="Outer steps.", min=1)] = 1000,
     horizon: Annotated[int | None, typer.Option(help="Inner steps of an episode; default: the task's.", min=1)] = None,
     lr: Annotated[float, typer.Option(help="Peak outer learning rate.")] = 1e-3,
     outer_rule: Annotated[str, typer.Option(help="What updates theta (metaopt list optimizers).")] = "adam",
     set_learned: Annotated[
-        list[str] | None, typer.Option("--set-learned", metavar="NAME=VALUE", help="An option of the learned optimizer.")
+        list[str] | None,
+        typer.Option("--set-learned", metavar="NAME=VALUE", help="An option of the learned optimizer."),
     ] = None,
-    set_task: Annotated[list[str] | None, typer.Option("--set-task", metavar="NAME=VALUE", help="... of the task.")] = None,
+    set_task: Annotated[
+        list[str] | None, typer.Option("--set-task", metavar="NAME=VALUE", help="... of the task.")
+    ] = None,
     set_estimator: Annotated[
         list[str] | None, typer.Option("--set-estimator", metavar="NAME=VALUE", help="... of the estimator.")
     ] = None,
