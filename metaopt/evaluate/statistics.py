@@ -25,8 +25,6 @@ import numpy as np
 from scipy import stats
 
 _INFINITE = 1e120  # stands for +inf, for which inf - inf would be NaN; beyond float32, and its square is finite
-    1e120  # stands for +inf while resampling, where inf - inf would be NaN; beyond float32, and its square is finite
-)
 _INFINITE_FROM = 1e100
 
 
