@@ -11,12 +11,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, dataclass_transform
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor
 
 from metaopt.space import Hyper, Option, declarations
+
+if TYPE_CHECKING:
+    from metaopt.program.program import Program
 
 Params = dict[str, Tensor]
 State = dict[str, Any]
@@ -210,6 +214,7 @@ class Declared:
         if not values:
             return self
         new = copy.copy(self)
+        new.__dict__.pop("program", None)  # follows from the options
         own = declarations(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -321,6 +326,13 @@ class ElementwiseRule(TensorRule):
     def elementwise(self, param: Any, grad: Any, *slots_and_coefficients: Any, **coefficients: Any) -> Any:
         """``(param, grad, *slots, **coefficients) -> (new_param, *new_slots)``: the update of one element."""
 
+    @cached_property
+    def program(self) -> Program:
+        """What `elementwise` was traced to."""
+        from metaopt.program.trace import trace
+
+        return trace(self)
+
     def init_slot(self, slot: str, param: Tensor) -> Tensor:
         """Initial value of one state tensor; zeros by default."""
         return torch.zeros_like(param)
@@ -333,10 +345,10 @@ class ElementwiseRule(TensorRule):
         self, grad: Tensor, slots: dict[str, Tensor], param: Tensor, hp: HyperValues, t: Tensor, info: ParamInfo
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the traced program on plain tensors."""
-        from metaopt.program import evaluate, trace
+        from metaopt.program.program import evaluate
 
         tensors = {"param": param, "grad": grad, **slots}
-        new_param, *new_slots = evaluate(trace(self), tensors, {**flat_hp(hp), "t": t})
+        new_param, *new_slots = evaluate(self.program, tensors, {**flat_hp(hp), "t": t})
         return new_param, dict(zip(self.slots, new_slots, strict=True))
 
     def update(

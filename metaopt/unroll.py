@@ -6,6 +6,7 @@ one pure function of one copy, which ``torch.vmap`` runs over all of them; a bac
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -217,16 +218,28 @@ def eager(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """One ``torch.compile`` graph per (task, rule, K): tens of seconds once, then 2-5 times faster. Needs a compiler."""
-    fast = torch.compile(step, dynamic=False)
+    """One ``torch.compile`` graph per (task, rule, K): seconds to a minute once, then faster steps. Needs a compiler.
+
+    What cannot be one graph is an error, never a silent return to eager.
+    """
+    graphs: dict[int, Callable[..., Any]] = {}
 
     def run(theta: Theta, hp: dict[str, Any], *rest: Any) -> Any:
-        device = rest[-1].device
+        planned = rest[-1]
         # as tensors, so that another value needs no new graph
-        as_tensors = tree.map_tree(lambda v: _tensors(v, device), hp)
-        return fast(theta, as_tensors, *rest)
+        arguments = (theta, tree.map_tree(lambda v: _tensors(v, planned.device), hp), *rest)
+        if len(planned) not in graphs:
+            step(*arguments)  # traces the rule's program, and lets plain errors be plain
+            graphs[len(planned)] = torch.compile(_own_code(step), dynamic=False, fullgraph=True)
+        return graphs[len(planned)](*arguments)
 
     return run
+
+
+def _own_code(function: Any) -> Any:
+    """The same function over a code object of its own: torch limits recompilations by code object, and all steps share one."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 def _tensors(value: Any, device: torch.device) -> Any:

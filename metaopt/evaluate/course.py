@@ -77,9 +77,9 @@ class Course:
         return losses, carry
 
     def losses(self, carry: Carry, split: Split, max_examples: int | None) -> Tensor:
-        """Loss of every run on ``split``, float64 [K] on the CPU; NaN for diverged runs, whatever they froze at."""
+        """Loss of every run on ``split``, float64 [K] on the CPU; NaN where diverged or infinite, whatever a run froze at."""
         losses = split_losses(self.task, carry.params, split, carry.config, max_examples=max_examples)
-        return torch.where(carry.alive, losses, torch.nan).cpu()
+        return torch.where(carry.alive & torch.isfinite(losses), losses, torch.nan).cpu()
 
     def scores(self, losses: Tensor, seeds: Sequence[int]) -> Tensor:
         """Normalised losses [K]: what can be averaged over tasks; a family's members each normalise their own."""
