@@ -239,7 +239,9 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 def _own_code(function: Any) -> Any:
     """The same function over a code object of its own: torch limits recompilations by code object, and all steps share one."""
     code = function.__code__.replace()
-    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 def _tensors(value: Any, device: torch.device) -> Any:
