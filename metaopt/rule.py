@@ -196,9 +196,14 @@ class Declared:
 
     def structure(self) -> tuple[Any, ...]:
         """A hashable key of everything but the hyperparameters: rules of one structure share compiled code."""
-        declared = declarations(type(self))
-        options = tuple((name, getattr(self, name)) for name, d in declared.items() if isinstance(d, Option))
-        return (type(self), options, tuple((name, part.structure()) for name, part in self.parts().items()))
+        declared, parts = declarations(type(self)), self.parts()
+        whole = {name.partition(".")[0] for name in parts}
+        fixed = [
+            (f.name, _key(getattr(self, f.name)))
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.name not in whole and not isinstance(declared.get(f.name), Hyper)
+        ]
+        return (type(self), tuple(fixed), tuple((name, part.structure()) for name, part in parts.items()))
 
     def replaced(self, **values: Any) -> Any:
         """A copy with hyperparameters or options changed, wherever in the composition they live.
@@ -421,6 +426,15 @@ class Chain(UpdateRule):
                 carried[name] |= slots.get(name, {})
         new_params, new_state = self.rule.update(grads, without(state, carried), params, hp, ctx)
         return new_params, {name: new_state[name] | carried[name] for name in params}
+
+
+def _key(value: Any) -> Any:
+    """The value itself if it can be a key, else its identity (whoever keeps the key keeps the rule, and so the value)."""
+    try:
+        hash(value)
+    except TypeError:
+        return ("id", id(value))
+    return value
 
 
 def without(state: State, taken: State) -> State:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.execution import EXECUTIONS, Execution, Executor, Tree, Work, fresh_state, step_plain, transformed
-from metaopt.program import trace
 from metaopt.resolve import resolve_rule
 from metaopt.roles import module_groups
 from metaopt.rule import ROLES, Chain, Declared, ElementwiseRule, GradientTransform, UpdateRule
@@ -250,7 +249,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             while isinstance(inner, Chain):
                 inner = inner.rule
             fast = isinstance(inner, ElementwiseRule) and self.execution != "plain"
-            self._variants[values] = _Variant(whole, inner, Executor(trace(inner), self.execution) if fast else None)
+            self._variants[values] = _Variant(whole, inner, Executor(inner.program, self.execution) if fast else None)
         return self._variants[values]
 
     def _step_alike(self, work: list[Work], foreign: set[str], closure: Callable[[], Any] | None, loss: Any) -> None:

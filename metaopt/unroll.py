@@ -18,7 +18,7 @@ from torch.func import grad_and_value
 
 from metaopt import registry, tree
 from metaopt.learned import BoundRule, Theta
-from metaopt.rule import Context, Params, State, UpdateRule
+from metaopt.rule import Context, Declared, Params, State, UpdateRule
 from metaopt.task import Batch, Task, hash64, sample_indices
 
 
@@ -67,6 +67,7 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
     params = tree.stack([task.init(torch.Generator().manual_seed(int(seed))) for seed in hash64(seeds)])
     params = tree.map_tree(lambda p: p.to(device), params)
     info = task.info()
+    _refuse_stacked_parts(rule)
     if isinstance(rule, BoundRule):
         learned = rule.learned
         init = torch.vmap(lambda p, theta: learned.init(p, info, theta), in_dims=(0, 0 if rule.stacked else None))
@@ -145,6 +146,15 @@ def unroll(
         count = count + survives
         alive = survives
     return torch.stack(losses, 1), Carry(params, state, carry.seeds, count, alive, carry.config)
+
+
+def _refuse_stacked_parts(rule: Declared) -> None:
+    for part in rule.parts().values():
+        if isinstance(part, BoundRule) and part.stacked:
+            raise ValueError(
+                f"{type(rule).__name__} holds a learned rule bound to one theta per copy; bind it to one theta"
+            )
+        _refuse_stacked_parts(part)
 
 
 def _hyperparameters(rule: UpdateRule, given: Mapping[str, Any] | None, k: int) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from metaopt import registry, tree
-from metaopt.rule import UpdateRule
+from metaopt.rule import Chain, ElementwiseRule, UpdateRule
+from metaopt.space import learning_rate
 from metaopt.task import Task, stack_configs
 from metaopt.unroll import Carry, start, unroll
 from metaopt_classic.adam import AdamW
-from metaopt_classic.wrappers import SAM
+from metaopt_classic.wrappers import SAM, ClipByGlobalNorm
 from metaopt_learned.adafac_mlp import AdafacMLP
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 through a few steps; batched matmuls sum in another order
@@ -142,6 +143,30 @@ def test_compiled_back_end_gives_the_same_numbers(rule: str, task_name: str) -> 
     torch.testing.assert_close(compiled, eager, **CLOSE)
     for name in end.params:
         torch.testing.assert_close(compiled_end.params[name], end.params[name], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rules_that_differ_in_a_plain_field_or_in_nested_theta_do_not_share_a_step() -> None:
+    class Fixed(ElementwiseRule):
+        lr: float = learning_rate(0.1, search=(0.01, 1.0))
+        power: int = 1  # neither declared as an option nor as a hyperparameter
+
+        def elementwise(self, param: Any, grad: Any, lr: Any) -> Any:
+            return param - lr * grad**self.power
+
+    task, seeds = task_named("quadratic"), torch.arange(2)
+
+    def last_loss(rule: UpdateRule) -> torch.Tensor:
+        return unroll(task, rule, start(task, rule, seeds), 3)[0][:, -1]
+
+    assert not torch.equal(last_loss(Fixed(lr=1e-4)), last_loss(Fixed(lr=1e-4, power=2)))
+    rule = AdafacMLP(hidden=4, step_scale=0.01)
+    thetas = [rule.init_theta(torch.Generator().manual_seed(i)) for i in range(2)]
+    wrapped = [last_loss(Chain(ClipByGlobalNorm(), rule.bind(theta))) for theta in thetas]
+    assert not torch.equal(*wrapped)
+    stacked = Chain(ClipByGlobalNorm(), rule.bind(tree.stack(thetas), stacked=True))
+    with pytest.raises(ValueError, match="Chain holds a learned rule bound to one theta per copy"):
+        start(task, stacked, seeds)
 
 
 def test_bad_input_is_refused_in_one_sentence() -> None:

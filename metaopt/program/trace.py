@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -163,25 +162,18 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def trace(rule: ElementwiseRule) -> Program:
-    """The program of ``rule``; depends on its options, not on its hyperparameters, and is cached.
+    """The program of ``rule``; depends on its options, not on its hyperparameters. Prefer ``rule.program``, which keeps it.
 
     Raises:
         TraceError: the text leaves the expression language (names the offence and the way out).
     """
-    options = {name: value for name, value in rule.values().items() if name not in rule.hp}
-    return _trace(type(rule), tuple(sorted(options.items())))
-
-
-@lru_cache(maxsize=1024)
-def _trace(cls: type[ElementwiseRule], options: tuple[tuple[str, Any], ...]) -> Program:
-    rule = cls(**dict(options))
-    self = _OptionsOnly(rule)
+    cls, self = type(rule), _OptionsOnly(rule)
     structure = {
         name: tuple(f"{name.removesuffix('s')}{i + 1}" for i in range(len(value))) if isinstance(value, tuple) else name
         for name, value in rule.hp.items()
     }
     scalars = (*flat_hp(structure).values(), "t")
-    tensors = ("param", "grad", *rule.slots)
+    tensors = ("param", "grad", *_checked_slots(rule, scalars))
     tracer = _Tracer((*scalars, *tensors))
 
     def symbols(names: Any) -> Any:
@@ -198,6 +190,20 @@ def _trace(cls: type[ElementwiseRule], options: tuple[tuple[str, Any], ...]) -> 
     program = Program(scalars, tensors, tuple(tracer.statements), tuple(tracer.arg(o) for o in outputs))
     chosen = {s._name: name for name, s in coefficients.items() if isinstance(s, Symbol)}
     return _renamed(_without_dead(program), {**names.found, **chosen})
+
+
+def _checked_slots(rule: ElementwiseRule, scalars: tuple[str, ...]) -> tuple[str, ...]:
+    slots, taken = rule.slots, {"param", "grad", "step", *scalars}
+    if not isinstance(slots, tuple):
+        raise TraceError(
+            f'slots of {type(rule).__name__} must be a tuple of names, got {slots!r}; write slots = ("name",)'
+        )
+    for slot in slots:
+        if not isinstance(slot, str) or not slot.isidentifier() or slot in taken or slots.count(slot) > 1:
+            raise TraceError(
+                f"slot {slot!r} of {type(rule).__name__} must be a new identifier, none of {', '.join(sorted(taken))}"
+            )
+    return slots
 
 
 class _LocalNames:
