@@ -105,7 +105,11 @@ class _Tracer:
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
         """A torch function or tensor method, by name."""
-        name = name.rstrip("_") if not name.startswith("__") else name.strip("_")
+        if name.endswith("_") and not name.startswith("__"):
+            raise TraceError(
+                f"{name} works in place; an elementwise rule is pure: write x = x.{name[:-1]}(...) and return x"
+            )
+        name = name.strip("_")
         if name == "square":
             return self.emit("mul", args[0], args[0])
         if name == "reciprocal":

@@ -77,6 +77,7 @@ def test_common_subexpressions_are_computed_once_and_dead_ones_never() -> None:
         (lambda self, param, grad, memory, **c: param, r"must return \(new_param, new_memory\), got 1 values"),
         (lambda self, param, grad, memory, **c: (param - torch.ones(3), memory), "neither a number nor a traced value"),
         (lambda self, param, grad, memory, **c: (float(param), memory), "has no value while tracing"),
+        (lambda self, param, grad, memory, **c: (param, memory.mul_(0.9)), "mul_ works in place"),
     ],
 )
 def test_what_is_no_elementwise_text_is_refused_with_the_way_out(elementwise: Any, message: str) -> None:
