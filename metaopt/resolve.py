@@ -39,6 +39,8 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
             f"{reference!r} is a learned optimizer without meta-parameters; meta-train it (metaopt meta-train {reference}) "
             f"and give the run's directory"
         )
+    if "/" in reference and ":" not in reference:
+        raise ValueError(f"{reference} is no directory of a finished meta-training run: it holds no {THETA_FILE}")
     rule = registry.create("optimizer", reference, **arguments)
     if not isinstance(rule, UpdateRule):
         raise ValueError(f"{reference!r} gives a {type(rule).__name__}, not an UpdateRule; see metaopt list optimizers")

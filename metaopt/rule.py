@@ -7,10 +7,11 @@ Three ways to write one, from most general to least typing: `UpdateRule` (whole 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
@@ -146,6 +147,11 @@ class Declared:
 
     def __init_subclass__(cls, eq: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, value in vars(cls).items():
+            if isinstance(value, Field) and name not in inspect.get_annotations(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} needs a type; write {name}: float = ... (bool or int for an option)"
+                )
         dataclass(frozen=True, eq=eq)(cls)
 
     def __post_init__(self) -> None:

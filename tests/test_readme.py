@@ -71,6 +71,33 @@ def test_ten_line_rule_exports(my_rule: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_composition_and_own_problem_examples_run(my_rule: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(3, 1), torch.randn(64, 3)
+    scope: dict[str, Any] = {
+        "metaopt": metaopt,
+        "torch": torch,
+        "model": model,
+        "inputs": inputs,
+        "targets": inputs.sum(1, keepdim=True),
+        "SignMomentum": type(metaopt.create("optimizer", f"{my_rule}:SignMomentum")),
+    }
+    chosen = [text for text in BLOCKS if "Lookahead" in text or "from_module" in text]
+    assert len(chosen) == 2
+    for text in chosen:
+        exec(compile(text, "README.md", "exec"), scope)
+
+    def closure() -> torch.Tensor:
+        scope["optimizer"].zero_grad()
+        loss = torch.nn.functional.mse_loss(model(inputs), scope["targets"])
+        loss.backward()
+        return loss
+
+    before = scope["optimizer"].step(closure)
+    assert closure() < before
+    assert sorted(scope["result"].ranking) == ["adamw", "mine"]
+
+
 def test_hypergradient_example_runs() -> None:
     (text,) = [block for block in BLOCKS if "hypergradient" in block]
     scope: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import time
@@ -113,6 +114,9 @@ def meta_train(config: MetaTrainConfig, directory: Path | str, *, progress: bool
         metrics = _read_metrics(directory / METRICS_FILE, before=run.step)
     write_atomic(directory / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in metrics))
     done = run.step
+    say = Console(stderr=True, quiet=not progress, soft_wrap=True).print
+    if 0 < done < config.outer_steps:
+        say(f"resuming {directory} at outer step {done}")
     try:
         with _progress_bar(config, run.step, progress) as advance, (directory / METRICS_FILE).open("a") as log:
             while run.step < config.outer_steps:
@@ -127,6 +131,8 @@ def meta_train(config: MetaTrainConfig, directory: Path | str, *, progress: bool
     finally:
         if done < run.step:
             run.save(directory / CHECKPOINT_FILE)
+        if run.step < config.outer_steps:
+            say(f"stopped after outer step {run.step}, which is saved; the same command goes on from there")
     save_theta(directory / THETA_FILE, config.learned, run.learned, run.theta)
     return MetaTrainResult(run.learned, run.theta, directory, metrics)
 
@@ -179,7 +185,9 @@ class _Run:
 
     def save(self, path: Path) -> None:
         saved = {"step": self.step, "theta": self.theta, "outer": self.outer.state_dict(), "carry": self.carry}
-        write_atomic(path, lambda temporary: torch.save(saved, temporary))
+        content = io.BytesIO()  # a file's own name would become part of its bytes
+        torch.save(saved, content)
+        write_atomic(path, content.getvalue())
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, map_location=self.config.device, weights_only=True)
@@ -206,7 +214,8 @@ def _claim(directory: Path, config: MetaTrainConfig) -> None:
         for name, value in json.loads(json.dumps(wanted)).items():
             if name != "checkpoint_every" and there.get(name) != value:
                 raise ValueError(
-                    f"{directory} holds a run with {name}={there.get(name)!r}, not {value!r}; choose another directory"
+                    f"{directory} holds a run with {name}={there.get(name)!r}, not {value!r}; "
+                    f"give the same settings to resume it, or choose another directory"
                 )
     write_atomic(path, json.dumps(wanted, indent=2) + "\n")
 

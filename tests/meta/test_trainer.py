@@ -105,7 +105,9 @@ def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_directory_of_another_run_is_refused_by_name_of_the_difference(tmp_path: Path) -> None:
     meta_train(SMALL, tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"outer_lr=0.01, not 0.02; choose another directory"):
+    with pytest.raises(
+        ValueError, match=r"outer_lr=0.01, not 0.02; give the same settings to resume it, or choose another directory"
+    ):
         meta_train(dataclasses.replace(SMALL, outer_lr=0.02), tmp_path, progress=False)
 
 

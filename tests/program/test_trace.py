@@ -89,3 +89,10 @@ def test_what_is_no_elementwise_text_is_refused_with_the_way_out(elementwise: An
 def test_slots_must_be_a_tuple_of_free_names(slots: Any) -> None:
     with pytest.raises(TraceError, match="slot"):
         trace(variant(Base.elementwise, slots))
+
+
+def test_a_hyperparameter_without_a_type_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"Untyped\.lr needs a type; write lr: float"):
+
+        class Untyped(Base):
+            lr = learning_rate(0.1, search=(0.01, 1.0))

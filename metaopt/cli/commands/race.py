@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,10 @@ def race(
     steps: Annotated[int | None, typer.Option(help="Length of every run; default: each task's horizon.")] = None,
     grid: Annotated[int, typer.Option(help="Learning rates tried first; 0: no tuning.")] = 9,
     tune_seeds: Annotated[int, typer.Option(help="Runs per learning rate.")] = 2,
-    out: Annotated[Path, typer.Option(help="Directory for the JSON, the picture and the table.")] = Path("runs/race"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the JSON, the picture and the table; default: a new one in runs/."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     backend: Backend = "auto",
@@ -48,7 +52,7 @@ def race(
         named, [name for name in tasks.split(",") if name], seeds=seeds, steps=steps, grid=grid, tune_seeds=tune_seeds,
         seed=seed, device=check_device(device), backend=backend,
     )  # fmt: skip
-    written = save(result, out)
+    written = save(result, out or _free(Path("runs/race")))
     console = Console()
     console.print(table(result))
     console.print("written: " + ", ".join(str(path) for path in written.values()))
@@ -57,3 +61,9 @@ def race(
 def _label(reference: str) -> str:
     """A short name: the rule of ``file.py:Rule``, the last part of a path, or the name itself."""
     return reference.rpartition(":")[2] if ":" in reference else Path(reference).name.removesuffix(".safetensors")
+
+
+def _free(path: Path) -> Path:
+    """``path``, or with the first number that makes it new: an earlier race is never overwritten unasked."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
