@@ -50,25 +50,3 @@ def select(mask: Tensor, yes: Tree, no: Tree) -> Tree:
         return torch.where(mask.reshape(mask.shape + (1,) * (a.dim() - mask.dim())), a, b)
 
     return map_tree(choose, yes, no)
-
-
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
-    """Nested dict -> flat dict with ``/``-joined keys (names inside a module keep their dots)."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Tensor] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}/{key}" if prefix else key)
-    return flat
-
-
-def unflatten(flat: dict[str, Tensor]) -> Tree:
-    """Inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree

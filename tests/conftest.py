@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -15,3 +17,11 @@ settings.register_profile(
     "metaopt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 settings.load_profile("metaopt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_steps_of_this_run_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A C++ step that an earlier run left in the user's cache would hide a broken build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cpp")))
+        yield

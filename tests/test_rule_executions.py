@@ -51,14 +51,6 @@ AMPLIFIED = {
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Compiled steps of this run only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cpp")))
-        yield
-
-
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 

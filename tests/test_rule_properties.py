@@ -42,14 +42,6 @@ executions = st.sampled_from(["plain", "loop", "foreach", "auto", *(["cpp"] if c
 dtypes = st.sampled_from(list(DTYPES.values()))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Compiled steps of this run only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cpp")))
-        yield
-
-
 def assert_same(got: Any, want: Any) -> None:
     """Bit for bit, but for the sign of NaN."""
     assert got.keys() == want.keys()

@@ -48,13 +48,6 @@ TORCH: dict[str, tuple[UpdateRule, Any]] = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cpp")))
-        yield
-
-
 def usable(execution: str) -> bool:
     return execution != "cpp" or compiler() is not None
 

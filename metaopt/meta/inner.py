@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from metaopt import tree
 from metaopt.learned import LearnedRule, Theta
 from metaopt.task import Task
 from metaopt.unroll import Carry, start, unroll
@@ -60,6 +61,4 @@ class TrainingRuns:
 
 def write_copies(state: Any, at: Tensor, fresh: Any) -> Any:
     """``state`` with the copies ``at`` (int64 indices) replaced by those of ``fresh``; nothing is changed in place."""
-    if isinstance(state, dict):
-        return {key: write_copies(value, at, fresh[key]) for key, value in state.items()}
-    return torch.index_copy(state, 0, at, fresh.to(state.dtype))
+    return tree.map_tree(lambda old, new: torch.index_copy(old, 0, at, new.to(old.dtype)), state, fresh)

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
-from metaopt import registry
+from metaopt import registry, tree
 from metaopt.files import write_atomic
 from metaopt.learned import LearnedRule, Theta
 from metaopt.meta.estimator import GradientEstimator
@@ -92,6 +91,13 @@ class MetaTrainResult:
     theta: Theta
     directory: Path
     metrics: list[dict[str, Any]]
+
+    @property
+    def progress(self) -> tuple[float, float]:
+        """Mean meta-loss over the first tenth of the outer steps, and over the last."""
+        losses = [line["meta_loss"] for line in self.metrics]
+        tenth = max(len(losses) // 10, 1)
+        return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
 def meta_train(config: MetaTrainConfig, directory: Path | str, *, progress: bool = True) -> MetaTrainResult:
@@ -195,14 +201,9 @@ class _Run:
             for name, value in saved["theta"].items():
                 self.parameters[name].copy_(value)
         self.outer.load_state_dict(saved["outer"])
-        self.step, self.carry = saved["step"], _as_started(saved["carry"], self.carry)
-
-
-def _as_started(saved: Any, like: Any) -> Any:
-    """Loaded tensors on the devices where a fresh carry has them (clocks stay on the CPU)."""
-    if isinstance(saved, dict):
-        return {key: _as_started(value, like[key]) for key, value in saved.items()}
-    return saved.to(like.device) if isinstance(saved, Tensor) else saved
+        # every tensor to where a fresh carry has it: clocks stay on the CPU
+        self.step = saved["step"]
+        self.carry = tree.map_tree(lambda value, fresh: value.to(fresh.device), saved["carry"], self.carry)
 
 
 def _claim(directory: Path, config: MetaTrainConfig) -> None:

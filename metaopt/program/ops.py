@@ -49,10 +49,6 @@ def _safe_sqrt(x: Any) -> Tensor:
     return torch.where(positive, root, torch.where(x == 0, torch.zeros_like(x), torch.full_like(x, math.nan)))
 
 
-def _safe_div(x: Any, y: Any) -> Any:
-    return x / y
-
-
 def _safe_pow(x: Any, y: Any) -> Any:
     """x**y with derivative 0 where it is infinite: at 0, for exponents between 0 and 1."""
     if not isinstance(x, Tensor) or not torch.is_grad_enabled():
@@ -121,7 +117,7 @@ OPS: dict[str, Op] = {
         Op("add", 2, operator.add, operator.add, "{0} + {1}", "({0} + {1})", "add", 5),
         Op("sub", 2, operator.sub, operator.sub, "{0} - {1}", "({0} - {1})", "sub", 5),
         Op("mul", 2, operator.mul, operator.mul, "{0} * {1}", "({0} * {1})", "mul", 6),
-        Op("div", 2, _safe_div, _scalar_div, "{0} / {1}", "({0} / {1})", "div", 6),
+        Op("div", 2, operator.truediv, _scalar_div, "{0} / {1}", "({0} / {1})", "div", 6),
         Op("pow", 2, _safe_pow, _scalar_pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
         Op("neg", 1, operator.neg, operator.neg, "-{0}", "(-{0})", "neg", 7),
         Op("abs", 1, torch.abs, abs, "torch.abs({0})", "std::fabs({0})", "abs"),

@@ -81,8 +81,7 @@ for _op in ("gt", "lt", "ge", "le"):
 
 
 class _Tracer:
-    def __init__(self, inputs: tuple[str, ...]) -> None:
-        self.inputs = inputs
+    def __init__(self) -> None:
         self.statements: list[Statement] = []
         self._known: dict[tuple[str, tuple[Arg, ...]], Symbol] = {}  # common subexpressions
 
@@ -178,7 +177,7 @@ def trace(rule: ElementwiseRule) -> Program:
     }
     scalars = (*flat_hp(structure).values(), "t")
     tensors = ("param", "grad", *_checked_slots(rule, scalars))
-    tracer = _Tracer((*scalars, *tensors))
+    tracer = _Tracer()
 
     def symbols(names: Any) -> Any:
         return tuple(Symbol(tracer, n) for n in names) if isinstance(names, tuple) else Symbol(tracer, names)

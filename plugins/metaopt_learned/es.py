@@ -44,11 +44,10 @@ class _Antithetic(GradientEstimator):
         thetas: Theta,
         state: dict[str, Any],
         clock: dict[str, Tensor],
-        branches: int,
     ) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Tensor]]:
-        """K steps of ``branches`` x N copies, restarting pairs whose episode ends.
+        """K steps of both signs of N pairs (2 N copies), restarting pairs whose episode ends.
 
-        Returns losses [branches, N, K]; ``fresh`` bool [N, K + 1], whether an episode has ended in this window before
+        Returns losses [2, N, K]; ``fresh`` bool [N, K + 1], whether an episode has ended in this window before
         that step (the last column: by the window's end); and the new state and clock.
         """
         n, done = self.pairs, 0
@@ -58,7 +57,7 @@ class _Antithetic(GradientEstimator):
         while done < self.window:
             steps = min(int(clock["left"].min()), self.window - done)
             segment, state = inner.run(thetas, state, steps)
-            losses.append(segment.reshape(branches, n, steps))
+            losses.append(segment.reshape(2, n, steps))
             done += steps
             clock["left"] = clock["left"] - steps
             ended = clock["left"] == 0
@@ -68,9 +67,8 @@ class _Antithetic(GradientEstimator):
                 clock["episode"] = clock["episode"] + ended
                 clock["left"] = torch.where(ended, inner.horizon, clock["left"])
                 begun = inner.start(theta, self._seeds(clock, which))
-                for branch in range(branches):
-                    at = (which + branch * n).to(segment.device)
-                    state = write_copies(state, at, begun)
+                for at in (which, which + n):
+                    state = write_copies(state, at.to(segment.device), begun)
         return torch.cat(losses, dim=2), fresh, state, clock
 
 
@@ -100,7 +98,7 @@ class TruncatedES(_Antithetic):
         eps = self.sigma * normal_noise(int(carry["clock"]["seed"]), int(carry["windows"]), (n, len(center)), center)
         thetas = from_vector(torch.cat([center + eps, center - eps]), theta)
         both = tree.map_tree(lambda leaf: torch.cat([leaf, leaf]), carry["state"])
-        losses, _, both, clock = self._run_window(inner, theta, thetas, both, carry["clock"], 2)
+        losses, _, both, clock = self._run_window(inner, theta, thetas, both, carry["clock"])
         delta, dropped = _difference(losses)
         gradient = (delta.mean(1).to(center) @ eps) / (2 * self.sigma**2 * max(n - dropped, 1))
         state = tree.index(both, slice(0, n))
@@ -144,7 +142,7 @@ class PES(_Antithetic):
         shape = (self.pairs, len(center))
         eps = self.sigma * normal_noise(int(carry["clock"]["seed"]), int(carry["windows"]), shape, center)
         thetas = from_vector(torch.cat([center + eps, center - eps]), theta)
-        losses, fresh, state, clock = self._run_window(inner, theta, thetas, carry["state"], carry["clock"], 2)
+        losses, fresh, state, clock = self._run_window(inner, theta, thetas, carry["state"], carry["clock"])
         fresh = fresh.to(losses.device)
         delta, dropped = _difference(losses)
         live = torch.ones_like(fresh[:, :-1])

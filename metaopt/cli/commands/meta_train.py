@@ -56,11 +56,7 @@ def meta_train(
         device=check_device(device), backend=backend, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     result = run(config, out)
-    losses = [line["meta_loss"] for line in result.metrics]
-    tenth = max(len(losses) // 10, 1)
+    first, last = result.progress
     console = Console()
-    console.print(
-        f"meta-loss {sum(losses[:tenth]) / tenth:.4f} in the first tenth of {len(losses)} outer steps, "
-        f"{sum(losses[-tenth:]) / tenth:.4f} in the last"
-    )
+    console.print(f"meta-loss {first:.4f} in the first tenth of {steps} outer steps, {last:.4f} in the last")
     console.print(f"theta, metrics, config and checkpoint are in [bold]{out}[/bold]; try: metaopt race {out} adamw")
