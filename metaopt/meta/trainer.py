@@ -121,8 +121,9 @@ def meta_train(config: MetaTrainConfig, directory: Path | str, *, progress: bool
     write_atomic(directory / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in metrics))
     done = run.step
     say = Console(stderr=True, quiet=not progress, soft_wrap=True).print
-    if 0 < done < config.outer_steps:
-        say(f"resuming {directory} at outer step {done}")
+    if done:
+        finished = done >= config.outer_steps
+        say(f"{directory} holds the finished run" if finished else f"resuming {directory} at outer step {done}")
     try:
         with _progress_bar(config, run.step, progress) as advance, (directory / METRICS_FILE).open("a") as log:
             while run.step < config.outer_steps:
