@@ -7,10 +7,11 @@ from metaopt.hookspecs import Spec, hookimpl
 
 @hookimpl
 def metaopt_unroll_backends() -> list[Spec]:
-    """Two ways to run the vectorised step."""
+    """Ways to run one inner step of all copies."""
     return [
-        Spec("eager", "metaopt.unroll:eager", "torch.func.vmap, op by op; the reference of all others"),
-        Spec("compile", "metaopt.unroll:compiled", "torch.compile of the vectorised step"),
+        Spec("eager", "metaopt.backends:eager", "all copies under vmap, op by op"),
+        Spec("loop", "metaopt.backends:loop", "one copy after the other, without vmap"),
+        Spec("compile", "metaopt.backends:compiled", "torch.compile of the vectorised step"),
     ]
 
 

@@ -28,6 +28,8 @@ class Spec:
         paper: reference with year.
         defaults: keyword arguments that this name adds to the factory.
         extra: the ``pip install 'torch-metaopt[extra]'`` that its imports need, if any.
+        facts: what is known of it without importing it. Tasks: ``family``, ``suite``, ``data`` (its source), and as
+            measured ``parameters``, ``bytes``, ``ms_per_step``, ``content`` (hash). Data sources: ``license``.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Spec:
     paper: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     extra: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @hookspec
@@ -61,7 +64,8 @@ def metaopt_data_sources() -> list[Spec]:  # type: ignore[empty-body]
 
 @hookspec
 def metaopt_objectives() -> list[Spec]:  # type: ignore[empty-body]
-    """Losses: factories give ``loss(prediction, target) -> per-example loss``."""
+    """Losses: factories give ``loss(prediction, target) -> per-example loss``; tagged ``preference``, ``loss(rho)`` of the
+    log-ratio of policy and reference."""
 
 
 @hookspec
@@ -71,7 +75,7 @@ def metaopt_estimators() -> list[Spec]:  # type: ignore[empty-body]
 
 @hookspec
 def metaopt_unroll_backends() -> list[Spec]:  # type: ignore[empty-body]
-    """Ways to run K inner steps at once: factories wrap the vectorised step function of `metaopt.unroll`."""
+    """Ways to run K inner steps at once: factories take ``step``, an `metaopt.inner_step.InnerStep`."""
 
 
 @hookspec

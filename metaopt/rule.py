@@ -38,7 +38,8 @@ class ParamInfo:
     Attributes:
         shape: as torch lays it out: (out, in, *kernel) for weights.
         role: ``hidden``, ``input``, ``output``, ``embedding``, ``bias``, ``norm`` or ``scalar``.
-        fan_in, fan_out: inputs and outputs of one unit; 1 for vectors' fan_in.
+        fan_in, fan_out: inputs and outputs of one unit. fan_in is 1 for vectors, and for an embedding [tokens, width],
+            where one token is on at a time; its fan_out is width.
     """
 
     shape: tuple[int, ...]
@@ -66,12 +67,16 @@ def infer_info(params: Mapping[str, Tensor], roles: Mapping[str, str] | None = N
         role = (roles or {}).get(name) or _guess_role(name, tuple(param.shape))
         if role not in ROLES:
             raise ValueError(f"role of {name!r} must be one of {', '.join(ROLES)}, got {role!r}")
-        shape = tuple(param.shape)
-        kernel = math.prod(shape[2:])
-        fan_in = shape[1] * kernel if len(shape) > 1 else 1
-        fan_out = shape[0] * kernel if shape else 1
-        found[name] = ParamInfo(shape, role, fan_in, fan_out)
+        found[name] = ParamInfo(tuple(param.shape), role, *fans(tuple(param.shape), role))
     return found
+
+
+def fans(shape: tuple[int, ...], role: str) -> tuple[int, int]:
+    """fan_in and fan_out of a parameter of torch's layout; see `ParamInfo`."""
+    if role == "embedding" and len(shape) > 1:
+        return 1, math.prod(shape[1:])
+    kernel = math.prod(shape[2:])
+    return shape[1] * kernel if len(shape) > 1 else 1, shape[0] * kernel if shape else 1
 
 
 def _guess_role(name: str, shape: tuple[int, ...]) -> str:

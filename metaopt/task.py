@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Self
+from functools import cached_property, partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.func import grad_and_value
+from torch.utils.flop_counter import FlopCounterMode
 
 from metaopt import tree
 from metaopt.rule import ParamInfo, Params, infer_info
 
 Batch = dict[str, Tensor]
+
+FLOPS_THAT_FILL_A_CPU, PARAMETERS_THAT_FILL_A_CACHE = 2e7, 5e4
+"""Of one copy's forward pass; of one copy. Beyond either, vmap saves nothing and spoils caches (benchmarks/tasks.py)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,12 @@ class Task(ABC):
         horizon: how many steps a training run usually has.
         config: numbers that vary between members of a family (0-d or any shape, no copy dimension); ``loss`` finds
             them in its batch under their names, and uses the task's own where the batch has none (evaluation).
+
+    A class with ``stochastic = True`` has losses that draw random numbers, from the key ``batch["random"]`` (0-d int64; see
+    `metaopt.random`).
     """
+
+    stochastic: ClassVar[bool] = False
 
     name: str
     train: Split
@@ -68,7 +79,30 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Scalar mean loss; pure and vmap-safe (no ``.item()``, no branch on values, no in-place on fresh tensors)."""
+        """What a run is judged by: a scalar mean over the batch.
+
+        Pure and vmap-safe: no ``.item()``, no branch on values, no in-place on fresh tensors. At evaluation the batch
+        holds the run's `buffers` too, under their names.
+        """
+
+    def buffers(self) -> Params:
+        """What training carries along besides parameters (running statistics); no copy dimension. None by default."""
+        return {}
+
+    def training_loss(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """What an inner step differentiates, and the new buffers; by default `loss` and the same buffers.
+
+        Overridden where training differs from judging: dropout, batch statistics, augmentation, games, returns.
+        """
+        return self.loss(params, batch), buffers
+
+    def loss_and_gradients(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params, Params]:
+        """`training_loss`, its gradients and the new buffers; differentiable again.
+
+        Overridden where the gradients are those of no single loss (games).
+        """
+        gradients, (loss, new_buffers) = grad_and_value(self.training_loss, has_aux=True)(params, buffers, batch)
+        return loss, gradients, new_buffers
 
     def normalize(self, loss: Tensor) -> Tensor:
         """A finite, bounded loss that is comparable between tasks; NaN counts as the worst."""
@@ -78,12 +112,38 @@ class Task(ABC):
         """Facts of each parameter; override where names do not tell the roles."""
         return infer_info(self.init(torch.Generator().manual_seed(0)))
 
+    def forward_flops(self) -> int:
+        """Floating-point operations in the matrix products and convolutions of one training loss, two per multiply-add."""
+        batch = self.train.take(torch.zeros(self.batch_size, dtype=torch.int64, device=self.device))
+        batch |= {"random": torch.zeros((), dtype=torch.int64, device=self.device)} if self.stochastic else {}
+        params = {name: p.to(self.device) for name, p in self.init(Generator().manual_seed(0)).items()}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.training_loss(params, self.buffers(), batch)
+        return counter.get_total_flops()
+
+    @cached_property
+    def compute_bound(self) -> bool:
+        """Whether one copy's step fills a CPU or its cache, so that copies there are best run one after the other."""
+        parameters = sum(math.prod(info.shape) for info in self.info().values())
+        return parameters > PARAMETERS_THAT_FILL_A_CACHE or self.forward_flops() > FLOPS_THAT_FILL_A_CPU
+
     @property
     def device(self) -> torch.device:
         """Where the data live."""
         for tensor in [*self.train.tensors.values(), *self.config.values()]:
             return tensor.device
         return torch.device("cpu")
+
+    def to(self, device: Any) -> Self:
+        """The same task with its data on ``device``; this object stays as it is."""
+        new = copy.copy(self)  # not dataclasses.replace, which would ask a subclass's own __init__ for these arguments
+        if torch.device(device) != self.device:
+            new.train, new.valid, new.test = (split.to(device) for split in (self.train, self.valid, self.test))
+            new.config = {name: value.to(device) for name, value in self.config.items()}
+            derive = getattr(new, "__post_init__", None)
+            if derive is not None:  # what a task derives from its data (a module's buffers) follows them
+                derive()
+        return new
 
     @staticmethod
     def from_module(
@@ -95,13 +155,13 @@ class Task(ABC):
         name: str = "module",
         batch_size: int = 64,
         horizon: int = 200,
-    ) -> ModuleTask:
-        """A task from any ``nn.Module`` that a user already has.
+    ) -> Task:
+        """A task from any ``nn.Module`` that a user already has, as it is: see `metaopt.module_task.ModuleTask`.
 
         Args:
-            module: maps a batch of inputs to predictions; buffers are constants (no running statistics). Give a
-                function that builds it (``lambda: MyModel(width=64)``) if its constructor sets initial values of its
-                own; a finished module is re-initialised layer by layer, with each layer's defaults.
+            module: maps a batch of inputs to predictions. Give a function that builds it (``lambda: MyModel(width=64)``)
+                if its constructor sets initial values of its own; a finished module is re-initialised layer by layer,
+                with each layer's defaults.
             loss: ``loss(prediction, target) -> scalar``.
             data: ``{"train": (inputs, targets), "valid": ..., "test": ...}``; missing splits fall back to train.
             roles: parameter name -> role (see `ParamInfo`), where the names do not tell.
@@ -109,109 +169,32 @@ class Task(ABC):
             batch_size: examples per inner step.
             horizon: how many steps a training run usually has.
         """
+        from metaopt.module_task import ModuleTask, reinitialised
+
         if "train" not in data:
             raise ValueError(f"data must hold a 'train' split, got {sorted(data)}; pass {{'train': (inputs, targets)}}")
         splits = {key: Split({"input": pair[0], "target": pair[1]}) for key, pair in data.items()}
         train = splits["train"]
-        build = partial(_reinitialised, module) if isinstance(module, nn.Module) else module
+        build = partial(reinitialised, module) if isinstance(module, nn.Module) else module
         return ModuleTask(
             name, train, splits.get("valid", train), splits.get("test", train), batch_size, horizon,
             build=build, criterion=loss, roles=roles or {},
         )  # fmt: skip
 
 
-@dataclass(eq=False)
-class ModuleTask(Task):
-    """A task around an ``nn.Module``; see `Task.from_module`.
-
-    Attributes:
-        build: makes a module with fresh parameters from torch's global CPU generator.
-        criterion: ``(prediction, target) -> scalar``.
-        roles: parameter name -> role, where the names do not tell.
-    """
-
-    build: Callable[[], nn.Module] = nn.Identity
-    criterion: Callable[[Any, Tensor], Tensor] = nn.functional.mse_loss
-    roles: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._module = self._fresh(0).to(self.device)
-
-    def init(self, generator: Generator) -> Params:
-        """The parameters of a module built under a seed drawn from ``generator``."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        return {name: p.detach().clone() for name, p in self._fresh(seed).named_parameters()}
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The criterion of the module's output."""
-        buffers = dict(self._module.named_buffers())
-        output = torch.func.functional_call(self._module, {**buffers, **params}, (batch["input"],))
-        return self.criterion(output, batch["target"])
-
-    def info(self) -> dict[str, ParamInfo]:
-        """As `Task.info`, with ``roles``."""
-        return infer_info(dict(self._module.named_parameters()), self.roles)
-
-    def _fresh(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed CUDA for good
-            return self.build().cpu()
-
-
-def _reinitialised(module: nn.Module) -> nn.Module:
-    """A copy on the CPU after each layer's ``reset_parameters``; parameters that no layer resets keep their values."""
-    module = copy.deepcopy(module).cpu()
-    for part in reversed(list(module.modules())):  # children first: a parent may set its children's values
-        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-        if callable(reset):
-            reset()
-    return module
-
-
 class TaskFamily(ABC):
-    """A distribution over tasks of one architecture; members differ in ``config`` and seed, so they stack."""
+    """A distribution over tasks.
+
+    Where all members share data, names and shapes, and differ in ``config`` only, they stack: K of them run as one.
+    """
 
     name: str
 
     @abstractmethod
     def sample(self, generator: Generator) -> Task:
-        """One member. All members have parameters of the same names and shapes."""
+        """One member, determined by the generator."""
 
 
 def stack_configs(tasks: Sequence[Task]) -> Batch:
     """The configs of K members of one family as tensors [K, ...]."""
     return tree.stack([task.config for task in tasks])
-
-
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of splitmix64
-_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
-
-
-def hash64(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 tensors, element by element: a stateless source of random bits."""
-    x = x + _GOLDEN
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical (zero-filling) shift; torch's ``>>`` on int64 is arithmetic."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def sample_indices(seeds: Tensor, steps: Tensor, batch_size: int, size: int) -> Tensor:
-    """Example indices [K, batch_size], uniform with replacement, a pure function of (seed, step).
-
-    Being stateless, they let antithetic runs, resumed runs and re-ordered copies see the same batches on any device.
-
-    Args:
-        seeds: int64 [K], one data stream per copy.
-        steps: int64 [K], how many batches each copy has drawn already.
-        batch_size: examples per batch.
-        size: number of examples; at most 2^31.
-    """
-    stream = hash64(hash64(seeds) + steps).unsqueeze(-1)
-    lane = torch.arange(batch_size, dtype=torch.int64, device=seeds.device)
-    return _shift_right(hash64(stream + lane), 33) % size

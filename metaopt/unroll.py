@@ -6,20 +6,23 @@ one pure function of one copy, which ``torch.vmap`` runs over all of them; a bac
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 
 from metaopt import registry, tree
+from metaopt.inner_step import InnerStep
 from metaopt.learned import BoundRule, Theta
-from metaopt.rule import Context, Declared, Params, State, UpdateRule
-from metaopt.task import Batch, Task, hash64, sample_indices
+from metaopt.random import hash64, sample_indices, step_keys
+from metaopt.rule import Declared, ElementwiseRule, Params, State, UpdateRule
+from metaopt.task import Batch, Task
+
+_COPIES_WORTH_VMAP = 8
+"""On a CPU, fewer copies of an elementwise rule's runs are faster one after the other: vmap has a price per operation."""
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Carry:
         step: int64 [K], updates made.
         alive: bool [K]; a copy whose loss or parameters became non-finite is frozen where it was last finite.
         config: the task's numbers per copy, [K, ...] each; empty for most tasks.
+        buffers: what training carries along besides parameters (running statistics), [K, ...] each.
     """
 
     params: Params
@@ -40,6 +44,7 @@ class Carry:
     step: Tensor
     alive: Tensor
     config: Batch
+    buffers: Params = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """As a nested dict of tensors, to save or to index."""
@@ -75,13 +80,18 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
     else:
         state = torch.vmap(lambda p: rule.init(p, info))(params)
     k = len(seeds)
+
+    def every_copy(value: Tensor) -> Tensor:
+        return value.to(device).expand(k, *value.shape)
+
     return Carry(
         params=params,
         state=tree.map_tree(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), state),
         seeds=seeds.to(device),
         step=torch.zeros(k, dtype=torch.int64, device=device),
         alive=torch.ones(k, dtype=torch.bool, device=device),
-        config=config if config is not None else tree.map_tree(lambda c: c.expand(k, *c.shape), dict(task.config)),
+        config=config if config is not None else tree.map_tree(every_copy, dict(task.config)),
+        buffers=tree.map_tree(lambda b: every_copy(b).clone(), task.buffers()),
     )
 
 
@@ -107,7 +117,8 @@ def unroll(
         steps: how many updates; at least 1.
         hp: hyperparameters that differ from ``rule.hp``: floats, 0-d tensors, or [K] tensors for one value per copy.
         horizon: planned length of each run, int or int64 [K]; default the task's.
-        backend: a registered one (``eager``, ``compile``), or "auto", which is ``eager``: compiling costs tens of seconds.
+        backend: a registered one (``eager``, ``loop``, ``compile``), or "auto": on a CPU ``loop`` for a few copies and for
+            compute-bound tasks, else ``eager`` (never ``compile``, which costs tens of seconds).
 
     Returns:
         losses [K, steps], each at the parameters before its update, NaN once a copy has diverged; and the new carry.
@@ -123,29 +134,49 @@ def unroll(
     theta: Theta = rule.theta if isinstance(rule, BoundRule) else {}
     stacked = isinstance(rule, BoundRule) and rule.stacked
     planned = torch.as_tensor(task.horizon if horizon is None else horizon, device=task.device).expand(k)
-    step = _vectorized(task, rule, stacked, dims, "eager" if backend == "auto" else backend)
-
-    offsets = torch.arange(steps, device=carry.step.device)
+    if backend == "auto":
+        backend = _automatic(task, rule, k)
+    advance = _advance(task, rule, stacked, dims, backend)
     indices = sample_indices(
         carry.seeds.repeat_interleave(steps),
-        (carry.step[:, None] + offsets).reshape(-1),
+        (carry.step[:, None] + torch.arange(steps, device=carry.step.device)).reshape(-1),
         task.batch_size,
         len(task.train),
     ).reshape(k, steps, task.batch_size)
-    params, state, count, alive = carry.params, carry.state, carry.step, carry.alive
-    losses = []
-    for t in range(steps):
-        batch = task.train.take(indices[:, t]) | carry.config
-        loss, new_params, new_state, finite = step(theta, values, params, state, batch, count, planned)
-        survives = alive & finite
-        if bool(survives.all()):
-            params, state = new_params, new_state
-        else:
-            params, state = tree.select(survives, new_params, params), tree.select(survives, new_state, state)
-        losses.append(torch.where(alive & torch.isfinite(loss), loss, torch.full_like(loss, torch.nan)))
-        count = count + survives
-        alive = survives
-    return torch.stack(losses, 1), Carry(params, state, carry.seeds, count, alive, carry.config)
+    return advance(theta, values, carry, indices, planned)
+
+
+def lockstep(step: InnerStep, step_all: Callable[..., Any]) -> Advance:
+    """A back-end that takes all copies through step after step.
+
+    Args:
+        step: the inner step.
+        step_all: ``(theta, hp, params, state, buffers, batch, step, horizon) -> (loss, params, state, buffers, finite)``,
+            each with a dimension of copies.
+    """
+
+    def advance(
+        theta: Theta, hp: dict[str, Any], carry: Carry, indices: Tensor, horizon: Tensor
+    ) -> tuple[Tensor, Carry]:
+        params, state, buffers, count, alive = carry.params, carry.state, carry.buffers, carry.step, carry.alive
+        losses = []
+        for at in indices.unbind(1):
+            batch = step.task.train.take(at) | carry.config
+            if step.task.stochastic:
+                batch["random"] = step_keys(carry.seeds, count)
+            loss, *new, finite = step_all(theta, hp, params, state, buffers, batch, count, horizon)
+            survives = alive & finite
+            if bool(survives.all()):
+                params, state, buffers = new
+            else:
+                old = (params, state, buffers)
+                params, state, buffers = (tree.select(survives, *pair) for pair in zip(new, old, strict=True))
+            losses.append(torch.where(alive & torch.isfinite(loss), loss, torch.full_like(loss, torch.nan)))
+            count = count + survives
+            alive = survives
+        return torch.stack(losses, 1), Carry(params, state, carry.seeds, count, alive, carry.config, buffers)
+
+    return advance
 
 
 def _refuse_stacked_parts(rule: Declared) -> None:
@@ -177,84 +208,25 @@ def _dims(value: Any, k: int) -> Any:
     return 0 if isinstance(value, Tensor) and value.dim() else None
 
 
-_STEPS: weakref.WeakKeyDictionary[Task, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+def _automatic(task: Task, rule: UpdateRule, k: int) -> str:
+    """The back-end for k copies: a function of these and of whether steps are recorded, so that resumed runs agree."""
+    if task.device.type != "cpu":
+        return "eager"
+    quick = isinstance(rule, ElementwiseRule) and not torch.is_grad_enabled()
+    return "loop" if task.compute_bound or (quick and k < _COPIES_WORTH_VMAP) else "eager"
 
 
-def _vectorized(task: Task, rule: UpdateRule, stacked: bool, dims: Any, backend: str) -> Callable[..., Any]:
-    """The step of all copies; cached, so that a compiled one is compiled once."""
+Advance = Callable[[Theta, dict[str, Any], Carry, Tensor, Tensor], tuple[Tensor, Carry]]
+"""What a back-end is: ``(theta, hp, carry, indices [K, T, batch_size], horizon [K]) -> losses [K, T], carry``."""
+
+_ADVANCES: weakref.WeakKeyDictionary[Task, dict[Any, Advance]] = weakref.WeakKeyDictionary()
+
+
+def _advance(task: Task, rule: UpdateRule, stacked: bool, dims: Any, backend: str) -> Advance:
+    """The back-end's function for this task and rule; cached, so that a compiled one is compiled once."""
     core = rule.learned if isinstance(rule, BoundRule) else rule
     key = (core.structure(), stacked, tuple(sorted(dims.items())), backend)
-    cache = _STEPS.setdefault(task, {})
+    cache = _ADVANCES.setdefault(task, {})
     if key not in cache:
-        cache[key] = registry.create(
-            "unroll_backend", backend, step=_step_all(weakref.proxy(task), rule, stacked, dims)
-        )
+        cache[key] = registry.create("unroll_backend", backend, step=InnerStep(task, rule, stacked, dims))
     return cache[key]
-
-
-def _step_all(task: Task, rule: UpdateRule, stacked: bool, hp_dims: Any) -> Callable[..., Any]:
-    info = task.info()
-    loss_and_grad = grad_and_value(task.loss)
-    learned = rule.learned if isinstance(rule, BoundRule) else None
-
-    def step_one(
-        theta: Theta, hp: dict[str, Any], params: Params, state: State, batch: Batch, step: Tensor, horizon: Tensor
-    ) -> tuple[Tensor, Params, State]:
-        grads, loss = loss_and_grad(params, batch)
-
-        def closure(elsewhere: Params) -> tuple[Tensor, Params]:
-            there, value = loss_and_grad(elsewhere, batch)
-            return value, there
-
-        ctx = Context(info, step=step, loss=loss, horizon=horizon, closure=closure)
-        if learned is not None:
-            return loss, *learned.update(theta, grads, state, params, hp, ctx)
-        return loss, *rule.update(grads, state, params, hp, ctx)
-
-    vectorized = torch.vmap(step_one, in_dims=(0 if stacked else None, hp_dims, 0, 0, 0, 0, 0))
-
-    def step_all(*arguments: Any) -> tuple[Tensor, Params, State, Tensor]:
-        loss, params, state = vectorized(*arguments)
-        # one sum per copy: a NaN or infinity anywhere shows in it
-        total = torch.stack([leaf.detach().flatten(1).sum(1) for leaf in tree.leaves(params)]).sum(0)
-        return loss, params, state, torch.isfinite(loss.detach()) & torch.isfinite(total)
-
-    return step_all
-
-
-def eager(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference back-end: op by op."""
-    return step
-
-
-def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """One ``torch.compile`` graph per (task, rule, K): seconds to a minute once, then faster steps. Needs a compiler.
-
-    What cannot be one graph is an error, never a silent return to eager.
-    """
-    graphs: dict[int, Callable[..., Any]] = {}
-
-    def run(theta: Theta, hp: dict[str, Any], *rest: Any) -> Any:
-        planned = rest[-1]
-        # as tensors, so that another value needs no new graph
-        arguments = (theta, tree.map_tree(lambda v: _tensors(v, planned.device), hp), *rest)
-        if len(planned) not in graphs:
-            step(*arguments)  # traces the rule's program, and lets plain errors be plain
-            graphs[len(planned)] = torch.compile(_own_code(step), dynamic=False, fullgraph=True)
-        return graphs[len(planned)](*arguments)
-
-    return run
-
-
-def _own_code(function: Any) -> Any:
-    """The same function over a code object of its own: torch limits recompilations by code object, and all steps share one."""
-    code = function.__code__.replace()
-    return types.FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-
-
-def _tensors(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_tensors(entry, device) for entry in value)
-    return torch.as_tensor(value, dtype=torch.float64, device=device)

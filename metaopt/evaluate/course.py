@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +77,7 @@ class Course:
 
     def losses(self, carry: Carry, split: Split, max_examples: int | None) -> Tensor:
         """Loss of every run on ``split``, float64 [K] on the CPU; NaN where diverged or infinite, whatever a run froze at."""
-        losses = split_losses(self.task, carry.params, split, carry.config, max_examples=max_examples)
+        losses = split_losses(self.task, carry.params, split, carry.config | carry.buffers, max_examples=max_examples)
         return torch.where(carry.alive & torch.isfinite(losses), losses, torch.nan).cpu()
 
     def scores(self, losses: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -99,14 +98,8 @@ class Course:
 
 def placed(task: Task, device: Any, horizon: int) -> Task:
     """The same task with its data on ``device`` and ``horizon`` steps; the caller's object stays as it is."""
-    new = copy.copy(task)  # not dataclasses.replace, which would ask a subclass's own __init__ for these arguments
+    new = task.to(device)
     new.horizon = horizon
-    if torch.device(device) != task.device:
-        new.train, new.valid, new.test = (split.to(device) for split in (task.train, task.valid, task.test))
-        new.config = {name: value.to(device) for name, value in task.config.items()}
-        derive = getattr(new, "__post_init__", None)
-        if derive is not None:  # what a task derives from its data (a module's buffers) follows them
-            derive()
     return new
 
 

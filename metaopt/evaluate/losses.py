@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metaopt.random import step_keys
 from metaopt.rule import Params
 from metaopt.task import Batch, Split, Task
 
@@ -30,7 +31,7 @@ def split_losses(
         task: whose ``loss`` is a mean over examples, so that chunks can be averaged by their sizes.
         params: tensors [K, ...].
         split: the examples; all copies see the same ones.
-        config: numbers of family members, tensors [K, ...].
+        config: numbers of family members and buffers of the runs, tensors [K, ...].
         max_examples: at most so many examples: a subset drawn once, the same in every call.
         chunk: examples per forward pass; default `EXAMPLES_AT_ONCE` / K, but at least the task's batch size.
     """
@@ -44,8 +45,11 @@ def split_losses(
 
     losses = torch.func.vmap(one_copy, in_dims=(0, None, 0))
     total = torch.zeros(copies, dtype=torch.float64, device=indices.device)
-    for part in indices.split(chunk):
-        total += losses(params, split.take(part), config).to(torch.float64) * len(part)
+    for i, part in enumerate(indices.split(chunk)):
+        batch = split.take(part)
+        if task.stochastic:  # the same draws for all copies, in every call
+            batch["random"] = step_keys(torch.zeros((), dtype=torch.int64, device=indices.device), torch.tensor(i))
+        total += losses(params, batch, config).to(torch.float64) * len(part)
     return total / len(indices)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metaopt.learned import Theta
 from metaopt.meta.inner import InnerProblem
+from metaopt.random import hash64
 from metaopt.rule import Declared
-from metaopt.task import hash64
 
 
 class GradientEstimator(Declared, ABC):

@@ -24,6 +24,7 @@ from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,23 +94,24 @@ static inline T nan_min(const T a, const T b) {{ return (a != a || a < b) ? a : 
 
 _DRIVER = """\
 
-// Tensor j of column k is pointers[k * count + j]. Each thread takes an equal share of all elements, cut at multiples
-// of 16 within a tensor so that no two threads write to one cache line.
-static void share(const int64_t count, void* const* pointers, const int64_t* sizes, const T* c,
-                  const int64_t from, const int64_t to) {
+// Tensor j of column k is pointers[k * count + j], and its coefficients begin at coefficients[j * stride]. Each thread
+// takes an equal share of all elements, cut at multiples of 16 within a tensor so that no two threads write to one cache line.
+static void share(const int64_t count, void* const* pointers, const int64_t* sizes, const double* coefficients,
+                  const int64_t stride, const int64_t from, const int64_t to) {
+    T c[COEFFICIENTS + 1];
     int64_t offset = 0;
     for (int64_t j = 0; j < count && offset < to; offset += sizes[j], ++j) {
         const int64_t size = sizes[j];
         const int64_t begin = from <= offset ? 0 : (from - offset) / 16 * 16;
         const int64_t end = to >= offset + size ? size : (to - offset) / 16 * 16;
-        if (begin < end) update(pointers + j, count, begin, end, c);
+        if (begin >= end) continue;
+        for (int k = 0; k < COEFFICIENTS; ++k) c[k] = T(coefficients[j * stride + k]);
+        update(pointers + j, count, begin, end, c);
     }
 }
 
 extern "C" void step(const int64_t count, void* const* pointers, const int64_t* sizes, const double* coefficients,
-                     const int threads) {
-    T c[COEFFICIENTS + 1];
-    for (int k = 0; k < COEFFICIENTS; ++k) c[k] = T(coefficients[k]);
+                     const int64_t stride, const int threads) {
     int64_t total = 0;
     for (int64_t j = 0; j < count; ++j) total += sizes[j];
 #ifdef _OPENMP
@@ -117,12 +119,12 @@ extern "C" void step(const int64_t count, void* const* pointers, const int64_t* 
         #pragma omp parallel num_threads(threads)
         {
             const int64_t n = omp_get_num_threads(), k = omp_get_thread_num();
-            share(count, pointers, sizes, c, total * k / n, total * (k + 1) / n);
+            share(count, pointers, sizes, coefficients, stride, total * k / n, total * (k + 1) / n);
         }
         return;
     }
 #endif
-    share(count, pointers, sizes, c, 0, total);
+    share(count, pointers, sizes, coefficients, stride, 0, total);
 }
 """
 
@@ -130,7 +132,7 @@ extern "C" void step(const int64_t count, void* const* pointers, const int64_t* 
 # -- source ------------------------------------------------------------------------------------------------------------
 
 
-def cpp_source(program: Program, param_type: str, grad_type: str, state_type: str) -> str:
+def cpp_source(program: Program, param_type: str, grad_type: str, state_type: str, out_of_place: bool = False) -> str:
     """The C++ text of one step over many tensors.
 
     Args:
@@ -139,9 +141,10 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
             double, otherwise in float.
         grad_type: how gradients are stored.
         state_type: how the slots are stored.
+        out_of_place: write parameters and slots to columns of their own, which follow those that are read.
 
     Returns:
-        Source that exports ``step(count, pointers, sizes, coefficients, threads)``.
+        Source that exports ``step(count, pointers, sizes, coefficients, stride, threads)``.
 
     Raises:
         ValueError: an unknown type.
@@ -154,8 +157,11 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
     names = _names(program)
     body = []
     for k, stored in enumerate(types):
-        const = "const " if k == 1 else ""
+        const = "const " if k == 1 or out_of_place else ""
         body.append(f"{const}{stored}* __restrict p{k} = static_cast<{const}{stored}*>(at[{k} * count]);")
+    if out_of_place:
+        for j, k in enumerate((0, *range(2, len(types))), start=len(types)):
+            body.append(f"{types[k]}* __restrict q{k} = static_cast<{types[k]}*>(at[{j} * count]);")
     body += [f"const T {names[name]} = c[{k}];" for k, name in enumerate(program.coefficients)]
     body += ["INDEPENDENT", "for (int64_t i = begin; i < end; ++i) {"]
     body += [f"    const T {names[tensor]} = load(p{k}[i]);" for k, tensor in enumerate(program.tensors)]
@@ -163,7 +169,8 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
     body += [f"    {_statement(s, names, truths)}" for s in program.kernel]
     outputs = (_value(out, names) for out in program.outputs)
     columns = (0, *range(2, len(program.tensors)))
-    body += [f"    store(p{k}[i], T({out}));" for k, out in zip(columns, outputs, strict=True)]
+    written = [f"q{k}" if out_of_place else f"p{k}" for k in columns]
+    body += [f"    store({to}[i], T({out}));" for to, out in zip(written, outputs, strict=True)]
     signature = "void update(void* const* at, const int64_t count, const int64_t begin, const int64_t end, const T* c)"
     lines = [f"static {signature} {{", *(f"    {line}" for line in [*body, "}"]), "}"]
     driver = _DRIVER.replace("COEFFICIENTS", str(len(program.coefficients))).replace("SERIAL_BELOW", str(_SERIAL_BELOW))
@@ -230,9 +237,15 @@ def _find_compiler(chosen: str | None, cxx: str | None, path: str | None) -> str
 
 
 def compile_cpp(
-    program: Program, param_dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype
+    program: Program,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    out_of_place: bool = False,
 ) -> CppStep | None:
     """The compiled step of ``program`` for tensors of these dtypes, or None where it cannot be had.
+
+    In place it is called as it is; ``out_of_place`` it has the method `CppStep.copies`.
 
     The library is kept in ``$METAOPT_CACHE_DIR`` (default: ``~/.cache/metaopt``) under a key of source, flags, compiler
     and CPU. No compiler, or a dtype other than float32, float64 and bfloat16 (compilers do not vectorise fp16): None,
@@ -242,14 +255,19 @@ def compile_cpp(
     command = compiler()
     if command is None or any(dtype not in _TYPES for dtype in dtypes):
         return None
-    return _compile(program, dtypes, command, os.environ.get("METAOPT_CACHE_DIR"))
+    return _compile(program, dtypes, out_of_place, command, os.environ.get("METAOPT_CACHE_DIR"))
 
 
 @functools.lru_cache(maxsize=1024)
 def _compile(
-    program: Program, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], command: str, cache: str | None
+    program: Program,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    out_of_place: bool,
+    command: str,
+    cache: str | None,
 ) -> CppStep | None:
-    source = cpp_source(program, *(_TYPES[dtype] for dtype in dtypes))
+    param, grad, state = (_TYPES[dtype] for dtype in dtypes)
+    source = cpp_source(program, param, grad, state, out_of_place)
     directory = Path(cache) if cache else Path(os.path.expanduser("~")) / ".cache" / "metaopt"
     problem: Exception | None = None
     for openmp in (True, False):  # without: where torch has loaded no OpenMP that this compiler's code can use
@@ -354,7 +372,7 @@ class CppStep:
         self._distinct = {*dtypes}
         self._names = program.coefficients
         self._function = library.step
-        self._function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
+        self._function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int]
         self._function.restype = None
 
     def fits(self, columns: Sequence[Sequence[Tensor]]) -> bool:
@@ -387,10 +405,39 @@ class CppStep:
             pointers.buffer_info()[0],
             sizes.buffer_info()[0],
             scalars.buffer_info()[0],
+            0,
             torch.get_num_threads(),
         )
         # autograd must notice, as it does after torch's own steps, if a graph still holds the old parameter
         torch.autograd.graph.increment_version(params)
+
+    def copies(
+        self, columns: Sequence[Sequence[Tensor]], coefficients: Mapping[str, float | Tensor]
+    ) -> list[list[Tensor]]:
+        """New parameters and slots of tensors [K, ...], each copy with coefficients of its own; for a step built out of place.
+
+        Args:
+            columns: per name in ``program.tensors``, contiguous tensors [K, ...] without a graph.
+            coefficients: per name in ``program.coefficients``, a float or a float64 tensor [K].
+        """
+        new = [[torch.empty_like(tensor) for tensor in column] for k, column in enumerate(columns) if k != 1]
+        count, copies = len(columns[0]), len(columns[0][0])
+        lanes = np.arange(copies, dtype=np.uint64)
+        addresses = [
+            tensor.data_ptr() + lanes * np.uint64(tensor.nbytes // copies)
+            for column in (*columns, *new)
+            for tensor in column
+        ]
+        pointers = np.concatenate(addresses)
+        sizes = np.repeat(np.array([tensor.numel() // copies for tensor in columns[0]], dtype=np.int64), copies)
+        table = np.empty((count, copies, max(1, len(self._names))))
+        for k, name in enumerate(self._names):
+            table[:, :, k] = np.asarray(coefficients[name])
+        self._function(
+            len(sizes), pointers.ctypes.data, sizes.ctypes.data, table.ctypes.data, table.shape[2],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return new
 
 
 _dtype = attrgetter("dtype")

@@ -1,0 +1,163 @@
+"""Ways to run the inner steps of all copies; an unroll chooses one by name."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.inner_step import InnerStep, copy_of, with_finite
+from metaopt.learned import Theta
+from metaopt.program.cpp import CppStep
+from metaopt.random import step_keys
+from metaopt.rule import ElementwiseRule, Params, State, flat_hp
+from metaopt.task import Batch
+from metaopt.unroll import Advance, Carry, lockstep
+
+
+def eager(step: InnerStep) -> Advance:
+    """All copies as one vmapped step, op by op."""
+
+    def step_all(*arguments: Any) -> Any:
+        return step.all(*arguments) if torch.is_grad_enabled() else _unrecorded(step, True, *arguments)
+
+    return lockstep(step, step_all)
+
+
+def loop(step: InnerStep) -> Advance:
+    """One copy after the other, without vmap: for arithmetic that fills the processor, and for code that vmap cannot take."""
+
+    def step_all(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return _unrecorded(step, False, *arguments)
+        copies = [copy_of(k, arguments, step.dims) for k in range(len(arguments[-1]))]
+        return with_finite(*(tree.stack(part) for part in zip(*(step.one(*copy) for copy in copies), strict=True)))
+
+    together = lockstep(step, step_all)
+
+    def advance(
+        theta: Theta, hp: dict[str, Any], carry: Carry, indices: Tensor, horizon: Tensor
+    ) -> tuple[Tensor, Carry]:
+        kernel = None if torch.is_grad_enabled() else step.fused(carry.params, carry.state, in_place=True)
+        if kernel is None:
+            return together(theta, hp, carry, indices, horizon)
+        losses, runs = [], []
+        for k in range(len(indices)):
+            run = tree.index(carry.tree(), slice(k, k + 1))
+            done = _alone(step, kernel, copy_of(k, hp, step.dims[1]), tree.index(run, 0), indices[k])
+            if done is None:  # it diverged: once more, with a look at every step
+                own = copy_of(slice(k, k + 1), hp, step.dims[1])
+                loss, end = together(theta, own, Carry.from_tree(run), indices[k : k + 1], horizon[k : k + 1])
+                done = loss[0], tree.index(end.tree(), 0)
+            losses.append(done[0])
+            runs.append(done[1])
+        return torch.stack(losses), Carry.from_tree(tree.stack(runs))
+
+    return advance
+
+
+def _alone(
+    step: InnerStep, kernel: CppStep, hp: dict[str, Any], run: dict[str, Any], indices: Tensor
+) -> tuple[Tensor, dict[str, Any]] | None:
+    """All steps of one copy, updated in place like any torch loop: losses [T] and the new run; None if it diverges."""
+    task, rule, names = step.task, step.rule, list(run["params"])
+    assert isinstance(rule, ElementwiseRule)
+    scalars = {name: float(value) for name, value in flat_hp(hp).items()}
+    params = {
+        name: p.clone(memory_format=torch.contiguous_format).requires_grad_() for name, p in run["params"].items()
+    }
+    slots = [
+        [run["state"][name][slot].clone(memory_format=torch.contiguous_format) for name in names] for slot in rule.slots
+    ]
+    leaves, buffers, count, losses = list(params.values()), run["buffers"], int(run["step"]), []
+    keys = step_keys(run["seeds"], count + torch.arange(len(indices))) if task.stochastic else indices
+    alive = bool(run["alive"])
+    for at, key in zip(indices, keys, strict=True):
+        batch = task.train.take(at) | run["config"]
+        if task.stochastic:
+            batch["random"] = key
+        with torch.enable_grad():
+            loss, buffers = task.training_loss(params, buffers, batch)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        alive = alive and math.isfinite(loss)
+        if not alive:
+            return None
+        losses.append(loss.detach())
+        buffers = tree.detach(buffers)
+        count += 1
+        kernel([leaves, [g.contiguous() for g in grads], *slots], rule.program.scalar_values({**scalars, "t": count}))
+    if not all(bool(torch.isfinite(leaf.detach().sum())) for leaf in leaves):
+        return None
+    state = {
+        name: {"step": run["state"][name]["step"] + len(losses)}
+        | {slot: slots[j][i] for j, slot in enumerate(rule.slots)}
+        for i, name in enumerate(names)
+    }
+    return torch.stack(losses), {
+        **run, "params": tree.detach(params), "state": state, "buffers": buffers,
+        "step": run["step"] + len(losses),
+    }  # fmt: skip
+
+
+def _unrecorded(
+    step: InnerStep, vmapped: bool, theta: Theta, hp: Any, params: Params, state: State, buffers: Params, batch: Batch,
+    *time: Tensor,
+) -> Any:  # fmt: skip
+    done = step.gradients(params, buffers, batch, vmapped)
+    return step.finish(*done, theta, hp, params, state, buffers, batch, *time)
+
+
+def compiled(step: InnerStep) -> Advance:
+    """``torch.compile``, once per layout of the arguments: seconds to a minute, then faster steps. Needs a compiler.
+
+    Where the update is C++ already, and nothing is recorded, losses and gradients are compiled; else the whole step.
+    What cannot be one graph is an error, never a silent return to eager.
+    """
+    graphs: dict[Any, Callable[..., Any]] = {}
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        tensors = tuple((t.dtype, t.shape, t.stride(), t.requires_grad) for t in _flat(arguments))
+        layout = (function, torch.is_grad_enabled(), *tensors)
+        if layout not in graphs:
+            function(*arguments)  # traces the rule's program, and lets plain errors be plain
+            graphs[layout] = torch.compile(_own_code(lambda *a: function(*a)), dynamic=False, fullgraph=True)
+            return graphs[layout](*arguments)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # safe: the layout is what torch would look at
+            return graphs[layout](*arguments)
+
+    def step_all(theta: Theta, hp: dict[str, Any], params: Params, state: State, *rest: Any) -> Any:
+        if not torch.is_grad_enabled() and step.fused(params, state) is not None:
+            buffers, batch, *_ = rest
+            loss, grads, new_buffers = call(step.pure_gradients, params, buffers, batch)
+            return step.finish(loss, grads, new_buffers, theta, hp, params, state, *rest)
+        # as tensors, so that another value needs no new graph
+        return call(step.all, theta, tree.map_tree(lambda v: _tensors(v, rest[-1].device), hp), params, state, *rest)
+
+    return lockstep(step, step_all)
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _flat(entry)
+
+
+def _own_code(function: Any) -> Any:
+    """The same function over a code object of its own: torch limits recompilations by code object, and all steps share one."""
+    code = function.__code__.replace()
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+def _tensors(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_tensors(entry, device) for entry in value)
+    return torch.as_tensor(value, dtype=torch.float64, device=device)

@@ -1,0 +1,150 @@
+"""One inner step (loss, gradient, update) of one copy, and of all copies: what the back-ends run."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.learned import BoundRule, Theta
+from metaopt.program.cpp import CppStep, compile_cpp
+from metaopt.rule import Context, ElementwiseRule, Params, State, UpdateRule, flat_hp
+from metaopt.task import Batch, Task
+
+
+class InnerStep:
+    """Loss, gradient and update: of one copy, and of all of them.
+
+    Those methods that make a whole step take ``(theta, hp, params, state, buffers, batch, step, horizon)`` and return
+    ``(loss, params, state, buffers)``; those for all copies add ``finite`` [K]: whether loss and parameters are.
+
+    Attributes:
+        dims: for each argument, the dimension of its copies (0), or None where all copies share it; a tree of such for hp.
+    """
+
+    def __init__(self, task: Task, rule: UpdateRule, stacked: bool, hp_dims: Any) -> None:
+        self._task, self.rule, self.info = weakref.ref(task), rule, task.info()  # a cache keyed by the task keeps this
+        self.learned = rule.learned if isinstance(rule, BoundRule) else None
+        self.dims = (0 if stacked else None, hp_dims, 0, 0, 0, 0, 0, 0)
+        self._update_all = torch.vmap(self._update, in_dims=(0, 0, *self.dims))
+        self._all = torch.vmap(self.one, in_dims=self.dims)
+
+    @property
+    def task(self) -> Task:
+        """Whose losses these are; whoever steps a task holds it."""
+        task = self._task()
+        assert task is not None
+        return task
+
+    def one(
+        self, theta: Theta, hp: Any, params: Params, state: State, buffers: Params, batch: Batch, *time: Tensor
+    ) -> tuple[Tensor, Params, State, Params]:
+        """One copy; nothing has a copy dimension. Pure, vmap-safe, differentiable."""
+        loss, grads, new_buffers = self.task.loss_and_gradients(params, buffers, batch)
+        return loss, *self._update(grads, loss, theta, hp, params, state, buffers, batch, *time), new_buffers
+
+    def all(self, *arguments: Any) -> tuple[Tensor, Params, State, Params, Tensor]:
+        """``one`` under vmap: one pure function, which can be compiled and differentiated."""
+        return with_finite(*self._all(*arguments))
+
+    def gradients(
+        self, params: Params, buffers: Params, batch: Batch, vmapped: bool = True
+    ) -> tuple[Tensor, Params, Params]:
+        """Losses [K], gradients and new buffers of all copies, by plain autograd: fast, and not differentiable further.
+
+        ``vmapped``: all copies at once, differentiated through the sum of their losses; else one copy after the other.
+        """
+        if vmapped:
+            return gradients(torch.vmap(self.task.training_loss), params, buffers, batch)
+        copies = range(len(next(iter(params.values()))))
+        one_by_one = [
+            gradients(self.task.training_loss, *(tree.index(part, k) for part in (params, buffers, batch)))
+            for k in copies
+        ]
+        return tuple(tree.stack(part) for part in zip(*one_by_one, strict=True))
+
+    def pure_gradients(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params, Params]:
+        """As `gradients`, by function transforms: slower as it is, but open to ``torch.compile``."""
+        return torch.vmap(self.task.loss_and_gradients)(params, buffers, batch)
+
+    def finish(
+        self, loss: Tensor, grads: Params, new_buffers: Params, theta: Theta, hp: Any, params: Params, state: State,
+        buffers: Params, batch: Batch, *time: Tensor,
+    ) -> tuple[Tensor, Params, State, Params, Tensor]:  # fmt: skip
+        """The rest of a step of all copies after `gradients`."""
+        if self.fused(params, state) is None:
+            new = self._update_all(grads, loss, theta, hp, params, state, buffers, batch, *time)
+        else:
+            new = self._fused_update(grads, hp, params, state, time[0])
+        return with_finite(loss, *new, new_buffers)
+
+    def fused(self, params: Params, state: State, in_place: bool = False) -> CppStep | None:
+        """The rule's update as one pass of C++ over memory, where rule, tensors and machine allow it."""
+        rule = self.rule
+        if not isinstance(rule, ElementwiseRule) or type(rule).update is not ElementwiseRule.update:
+            return None
+        first = next(iter(params.values()))
+        slots = (state[name][slot] for name in params for slot in rule.slots)
+        if not first.is_cpu or any(tensor.dtype != first.dtype for tensor in (*params.values(), *slots)):
+            return None
+        return compile_cpp(rule.program, first.dtype, first.dtype, first.dtype, out_of_place=not in_place)
+
+    def _fused_update(self, grads: Params, hp: Any, params: Params, state: State, step: Tensor) -> tuple[Params, State]:
+        rule, kernel = self.rule, self.fused(params, state)
+        assert isinstance(rule, ElementwiseRule) and kernel is not None
+        columns = [params, grads, *({name: state[name][slot] for name in params} for slot in rule.slots)]
+        scalars = flat_hp(hp)
+        alike = not any(isinstance(value, Tensor) for value in scalars.values()) and bool((step == step[0]).all())
+        t = int(step[0]) + 1 if alike else (step + 1).to(torch.float64)  # on floats the prelude is quick
+        coefficients = rule.program.scalar_values({**scalars, "t": t})
+        new = kernel.copies([[column[name].contiguous() for name in params] for column in columns], coefficients)
+        new_params, *slots = (dict(zip(params, column, strict=True)) for column in new)
+        return new_params, {
+            name: {"step": state[name]["step"] + 1}
+            | {slot: values[name] for slot, values in zip(rule.slots, slots, strict=True)}
+            for name in params
+        }
+
+    def _update(
+        self, grads: Params, loss: Tensor, theta: Theta, hp: Any, params: Params, state: State,
+        buffers: Params, batch: Batch, step: Tensor, horizon: Tensor,
+    ) -> tuple[Params, State]:  # fmt: skip
+        def closure(elsewhere: Params) -> tuple[Tensor, Params]:
+            value, there, _ = self.task.loss_and_gradients(elsewhere, buffers, batch)
+            return value, there
+
+        ctx = Context(self.info, step=step, loss=loss, horizon=horizon, closure=closure)
+        if self.learned is not None:
+            return self.learned.update(theta, grads, state, params, hp, ctx)
+        return self.rule.update(grads, state, params, hp, ctx)
+
+
+def with_finite(loss: Tensor, params: Params, state: State, buffers: Params) -> Any:
+    """The same with the finite mask [K]."""
+    # one sum per copy: a NaN or infinity anywhere shows in it
+    total = torch.stack([leaf.detach().reshape(len(leaf), -1).sum(1) for leaf in tree.leaves(params)]).sum(0)
+    return loss, params, state, buffers, torch.isfinite(loss.detach()) & torch.isfinite(total)
+
+
+def gradients(loss: Callable[..., Any], params: Params, *rest: Any) -> tuple[Tensor, Params, Params]:
+    """Values, gradients and new buffers of ``loss(params, *rest) -> (values, buffers)``, by plain autograd on the sum."""
+    with torch.enable_grad():
+        leaves = tree.map_tree(lambda p: p.detach().requires_grad_(), params)
+        value, buffers = loss(leaves, *rest)
+        found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return value.detach(), dict(zip(leaves, found, strict=True)), tree.detach(buffers)
+
+
+def copy_of(k: int | slice, value: Any, dims: Any) -> Any:
+    """Copy k (or copies) of arguments whose dimensions of copies are ``dims``."""
+    if dims is None:
+        return value
+    if dims == 0:
+        return tree.index(value, k)
+    if isinstance(dims, dict):
+        return {name: copy_of(k, value[name], dims[name]) for name in value}
+    return tuple(copy_of(k, entry, dim) for entry, dim in zip(value, dims, strict=True))
