@@ -23,6 +23,7 @@ from metaopt.learned import LearnedRule, Theta
 from metaopt.meta.estimator import GradientEstimator
 from metaopt.meta.inner import TrainingRuns
 from metaopt.resolve import THETA_FILE, save_theta
+from metaopt.suite import refuse_held_out
 from metaopt.task import Task, TaskFamily
 from metaopt.torch_optimizer import optimizer
 
@@ -71,6 +72,7 @@ class MetaTrainConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.outer_lr > 0:
             raise ValueError(f"outer_lr must be above 0, got {self.outer_lr}; a usual value is 1e-3")
+        refuse_held_out([self.task], "meta-training")
         if self.horizon is not None and self.horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {self.horizon}; it counts inner steps")
 

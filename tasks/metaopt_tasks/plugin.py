@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from metaopt.hookspecs import Spec, hookimpl
+from metaopt_tasks.data.catalogue import SOURCES
+from metaopt_tasks.suites import task_specs
 
 
 @hookimpl
 def metaopt_tasks() -> list[Spec]:
-    """Workloads, small to large."""
-    return [
-        Spec("quadratic", "metaopt_tasks.quadratic:QuadraticFamily", "random quadratics, no data", ("family",)),
-        Spec("digits_mlp", "metaopt_tasks.digits:digits_mlp", "an MLP on 8x8 handwritten digits", ("image",)),
-        Spec("digits_conv", "metaopt_tasks.digits:digits_conv", "a small convolutional net on 8x8 digits", ("image",)),
-        Spec(
-            "char_lm",
-            "metaopt_tasks.char_lm:char_lm",
-            "a character transformer on the Python language reference",
-            ("text",),
-        ),
-    ]
+    """Families and their named members."""
+    return task_specs()
 
 
 @hookimpl
 def metaopt_data_sources() -> list[Spec]:
     """Data that need no download."""
+    return list(SOURCES)
+
+
+@hookimpl
+def metaopt_objectives() -> list[Spec]:
+    """Losses of a pair of answers as functions of rho, the log-ratio of policy to reference: chosen minus rejected."""
     return [
-        Spec(
-            "digits", "metaopt_tasks.digits:digits",
-            "1,797 handwritten digits, 8x8, from scikit-learn",
-            ("image",), "Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49",
-        ),
-        Spec(
-            "pydoc_text", "metaopt_tasks.char_lm:pydoc_text",
-            "the Python language reference, as CPython ships it for help()",
-            ("text",),
-        ),
+        Spec(name, f"metaopt_tasks.preference:{factory}", summary, ("preference",), paper)
+        for name, factory, summary, paper in (
+            ("dpo", "DPO", "-log sigmoid(beta rho)", "Rafailov et al., 2023, https://arxiv.org/abs/2305.18290"),
+            ("ipo", "IPO", "(rho - 1 / (2 beta))^2", "Azar et al., 2023, https://arxiv.org/abs/2310.12036"),
+            ("slic", "SLiC", "max(0, 1 - beta rho)", "Zhao et al., 2023, https://arxiv.org/abs/2305.10425"),
+            ("exponential", "Exponential", "exp(-beta rho)", "Tang et al., 2024, https://arxiv.org/abs/2402.05749"),
+            ("lrml", "LogRatioModulated", "DiscoPOP's mix of dpo and exponential", "Lu et al., 2024, https://arxiv.org/abs/2406.08414"),
+        )
     ]  # fmt: skip

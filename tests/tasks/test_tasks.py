@@ -1,18 +1,16 @@
-"""The task suite: what a training problem promises to the unroll, the meta-trainer and the evaluator."""
+"""The contract of a task: quadratics that are checked by hand, data by index, and modules as tasks."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 
-from metaopt import tree
-from metaopt.rule import ROLES, Params
-from metaopt.task import Batch, Split, Task, hash64, sample_indices, stack_configs
-from metaopt_tasks.char_lm import TextWindows, char_lm, pydoc_text, vocabulary
-from metaopt_tasks.digits import DigitsConv, DigitsMLP, digits, digits_conv, digits_mlp
+from metaopt import registry, tree
+from metaopt.random import hash64, normal, sample_indices, step_keys, uniform
+from metaopt.rule import Params
+from metaopt.task import Batch, Split, Task, stack_configs
 from metaopt_tasks.quadratic import QuadraticFamily
 
 COPIES = 4
@@ -20,31 +18,6 @@ COPIES = 4
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def noisy_quadratic() -> Task:
-    return QuadraticFamily(dim=6, noise=0.5, batch_size=8).sample(generator(0))
-
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "quadratic": noisy_quadratic,
-    "digits_mlp": digits_mlp,
-    "digits_mlp_tanh": lambda: digits_mlp(activation="tanh"),
-    "digits_conv": digits_conv,
-    "char_lm": char_lm,
-    "char_lm_tied_2_layers": lambda: char_lm(layers=2, tied=True),
-}
-CLASSIFIERS = [name for name in TASKS if name != "quadratic"]
-
-
-@pytest.fixture(params=TASKS)
-def task(request: pytest.FixtureRequest) -> Task:
-    return TASKS[request.param]()
-
-
-@pytest.fixture(params=CLASSIFIERS)
-def classifier(request: pytest.FixtureRequest) -> Task:
-    return TASKS[request.param]()
 
 
 def first_batch(task: Task, copies: int = 1) -> Batch:
@@ -57,19 +30,15 @@ def whole(split: Split) -> Batch:
     return split.take(torch.arange(len(split)))
 
 
-def train(task: Task, steps: int, lr: float) -> Params:
-    """Plain torch.optim.AdamW on the task's own batches."""
-    params = {name: p.requires_grad_() for name, p in task.init(generator(0)).items()}
-    optimizer = torch.optim.AdamW(params.values(), lr=lr)
-    for step in range(steps):
-        indices = sample_indices(torch.tensor([7]), torch.tensor([step]), task.batch_size, len(task.train))[0]
-        optimizer.zero_grad()
-        task.loss(params, task.train.take(indices)).backward()
-        optimizer.step()
-    return tree.detach(params)
+# Classifiers
 
 
-# Every task
+CLASSIFIERS = ["digits_mlp", "digits_mlp_tanh", "digits_conv", "char_lm"]
+
+
+@pytest.fixture(params=CLASSIFIERS)
+def classifier(request: pytest.FixtureRequest) -> Task:
+    return registry.create("task", request.param)
 
 
 def test_a_fresh_model_guesses_and_its_normalized_loss_is_near_one(classifier: Task) -> None:
@@ -79,71 +48,30 @@ def test_a_fresh_model_guesses_and_its_normalized_loss_is_near_one(classifier: T
         assert float(classifier.normalize(loss)) == pytest.approx(1.0, abs=0.1)
 
 
-def test_vmapped_losses_and_gradients_equal_a_loop_over_copies(task: Task) -> None:
-    copies = [task.init(generator(seed)) for seed in range(COPIES)]
-    batch = first_batch(task, COPIES)
-    grads, losses = vmap(grad_and_value(task.loss))(tree.stack(copies), batch)
-    for k, params in enumerate(copies):
-        expected_grads, expected_loss = grad_and_value(task.loss)(params, tree.index(batch, k))
-        torch.testing.assert_close(losses[k], expected_loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(tree.index(grads, k), expected_grads, rtol=1e-5, atol=1e-5)
-
-
-def test_hypergradients_flow_through_a_vmapped_inner_step(task: Task) -> None:
-    params = tree.stack([task.init(generator(seed)) for seed in range(COPIES)])
-    batch = first_batch(task, COPIES)
+def test_hypergradients_flow_through_a_vmapped_inner_step(classifier: Task) -> None:
+    params = tree.stack([classifier.init(generator(seed)) for seed in range(COPIES)])
+    batch = first_batch(classifier, COPIES)
 
     def loss_after_one_step(lr: Tensor) -> Tensor:
-        grads = vmap(grad(task.loss))(params, batch)
-        return vmap(task.loss)(tree.map_tree(lambda p, g: p - lr * g, params, grads), batch).double().sum()
+        grads = vmap(grad(classifier.loss))(params, batch)
+        return vmap(classifier.loss)(tree.map_tree(lambda p, g: p - lr * g, params, grads), batch).double().sum()
 
     lr, h = torch.tensor(1e-3), 1e-4
     slope = (loss_after_one_step(lr + h) - loss_after_one_step(lr - h)) / (2 * h)
     assert float(grad(loss_after_one_step)(lr)) == pytest.approx(float(slope), rel=0.05)
 
 
-def test_initial_parameters_are_determined_by_the_seed(task: Task) -> None:
-    one, again, other = (task.init(generator(seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert all(p.dtype == torch.float32 and p.device.type == "cpu" and not p.requires_grad for p in one.values())
-
-
-def test_init_does_not_touch_the_global_random_state(task: Task) -> None:
-    before = torch.get_rng_state()
-    task.init(generator(0))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_every_parameter_has_its_role_and_shape(task: Task) -> None:
-    params, info = task.init(generator(0)), task.info()
-    assert info.keys() == params.keys()
-    for name, p in params.items():
-        assert info[name].shape == tuple(p.shape)
-        assert info[name].role in ROLES
-        assert (info[name].role in ("bias", "norm")) == (p.dim() == 1)
-
-
 def test_roles_of_the_models_are_exact() -> None:
-    def by_role(task: Task, role: str) -> set[str]:
-        return {name for name, info in task.info().items() if info.role == role}
+    def by_role(name: str, role: str) -> set[str]:
+        return {param for param, info in registry.create("task", name).info().items() if info.role == role}
 
-    assert by_role(digits_mlp(), "input") == {"fc1.weight"}
-    assert by_role(digits_mlp(), "output") == {"fc2.weight"}
-    assert by_role(digits_conv(), "hidden") == {"conv2.weight"}
-    lm = char_lm()
-    assert by_role(lm, "embedding") == {"token.embedding", "position.embedding"}
-    assert by_role(lm, "output") == {"head.weight"}
-    assert by_role(lm, "norm") == {"block0.norm1.weight", "block0.norm2.weight", "norm.weight"}
-    assert by_role(lm, "hidden") == {f"block0.{name}.weight" for name in ("qkv", "proj", "fc1", "fc2")}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-def test_normalize_is_finite_and_bounded_for_diverged_losses(task: Task, bad: float) -> None:
-    normalized = float(task.normalize(torch.tensor(bad)))
-    assert abs(normalized) <= 1.5
-    if bad != -math.inf:
-        assert normalized == pytest.approx(1.5)
+    assert by_role("digits_mlp", "input") == {"fc1.weight"}
+    assert by_role("digits_mlp", "output") == {"fc2.weight"}
+    assert by_role("digits_conv", "hidden") == {"conv2.weight"}
+    assert by_role("char_lm", "embedding") == {"token.embedding", "position.embedding"}
+    assert by_role("char_lm", "output") == {"head.weight"}
+    assert by_role("char_lm", "norm") == {"block0.norm1.weight", "block0.norm2.weight", "norm.weight"}
+    assert by_role("char_lm", "hidden") == {f"block0.{name}.weight" for name in ("qkv", "proj", "fc1", "fc2")}
 
 
 # Quadratics
@@ -198,58 +126,16 @@ def test_quadratic_noise_has_the_asked_size_and_no_mean_and_spares_evaluation() 
     torch.testing.assert_close(grad(task.loss)(params, {"noise": noise[:16]})["x"], expected)
 
 
-# Data
-
-
-def test_digits_splits_are_disjoint_complete_and_stratified() -> None:
-    from sklearn.datasets import load_digits
-
-    splits = digits()
-    assert {name: len(split) for name, split in splits.items()} == {"train": 1258, "valid": 270, "test": 269}
-    images = torch.cat([split.tensors["image"] for split in splits.values()])
-    original = torch.tensor(load_digits().data)
-    assert len(images.unique(dim=0)) == len(original.unique(dim=0)) == len(images) == 1797
-    for split in splits.values():
-        shares = split.tensors["label"].bincount(minlength=10) / len(split)
-        assert float((shares - 0.1).abs().max()) < 0.01
-    assert abs(float(splits["train"].tensors["image"].mean())) < 1e-5
-    assert float(splits["train"].tensors["image"].std()) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_text_splits_are_contiguous_and_decode_to_the_documentation() -> None:
-    from pydoc_data.topics import topics
-
-    text = "".join(topics[key] for key in sorted(topics))
-    splits = pydoc_text(context=16)
-    chars = vocabulary()
-    assert len(chars) == len(set(chars)) == 64
-    tokens = torch.cat([split.tensors["tokens"] for split in splits.values()])
-    decoded = "".join(chars[token] for token in tokens.tolist())
-    assert len(decoded) == len(text)
-    assert all(a == b for a, b in zip(decoded, text, strict=True) if a != chars[0])
-    assert decoded.count(chars[0]) < 0.01 * len(text)
-
-
-def test_text_windows_cover_every_position_once_in_evaluation_and_overlap_in_training() -> None:
-    text = torch.arange(100)
-    overlapping, disjoint = TextWindows({"tokens": text}, 8), TextWindows({"tokens": text}, 8, stride=8)
-    assert len(overlapping) == 92
-    assert whole(overlapping)["tokens"][-1].tolist() == list(range(91, 100))
-    targets = whole(disjoint)["tokens"][:, 1:].flatten()
-    assert targets.tolist() == list(range(1, 97))
-    assert disjoint.take(torch.zeros(2, 3, dtype=torch.int64))["tokens"].shape == (2, 3, 9)
-    assert overlapping.to("meta").context == 8, "a moved split is still made of windows"
+# Bad input
 
 
 def test_errors_name_the_value_and_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"one length, got \{'a': 2, 'b': 3\}"):
         Split({"a": torch.zeros(2), "b": torch.zeros(3)})
-    with pytest.raises(ValueError, match="less than the split's 5 tokens, got 8"):
-        TextWindows({"tokens": torch.arange(5)}, 8)
     with pytest.raises(ValueError, match="activation must be one of relu"):
-        digits_mlp(activation="step")
+        registry.create("task", "digits_mlp", activation="step")
     with pytest.raises(ValueError, match="multiple of heads"):
-        char_lm(width=32, heads=3)
+        registry.create("task", "char_lm", width=32, heads=3)
     with pytest.raises(ValueError, match="condition must be at least 1"):
         QuadraticFamily(condition=0.5)
     with pytest.raises(ValueError, match="must hold a 'train' split"):
@@ -299,25 +185,27 @@ def test_hash64_is_the_published_splitmix64() -> None:
     assert int(hash64(torch.tensor(0))) & (2**64 - 1) == first_output_of_seed_zero
 
 
-# Learning
-
-
-@pytest.mark.parametrize("factory", [digits_mlp, digits_conv])
-def test_adamw_reaches_90_percent_on_digits_in_200_steps(factory: Callable[[], DigitsMLP | DigitsConv]) -> None:
-    task = factory()
-    params = train(task, steps=200, lr=1e-2)
-    test = whole(task.test)
-    accuracy = (task.logits(params, test["image"]).argmax(-1) == test["label"]).float().mean()
-    assert float(accuracy) > 0.9
-
-
-def test_adamw_beats_the_unigram_entropy_on_text_in_200_steps() -> None:
-    task = char_lm()
-    params = train(task, steps=200, lr=5e-3)
-    test = whole(task.test)
-    counts = task.train.tensors["tokens"].bincount(minlength=64) + 1.0
-    unigram = -(counts / counts.sum()).log()[test["tokens"][:, 1:]].mean()
-    assert float(task.loss(params, test)) < float(unigram) - 0.4
+def test_keyed_numbers_are_uniform_and_normal_and_a_function_of_key_and_stream() -> None:
+    keys = step_keys(torch.tensor([3, 3, 4]), torch.tensor([5, 6, 5]))
+    assert len(keys.unique()) == 3
+    flat = uniform(keys[0], (200_000,))
+    assert float(flat.min()) > 0 and float(flat.max()) < 1
+    counts = (flat * 50).long().bincount(minlength=50).double()
+    assert float(((counts - 4000) ** 2 / 4000).sum()) < 49 + 5 * math.sqrt(2 * 49)
+    bell = normal(keys[0], (400, 500), dtype=torch.float64)
+    assert abs(float(bell.mean())) < 5 / math.sqrt(bell.numel())
+    assert float(bell.var()) == pytest.approx(1, abs=0.02) and float((bell**4).mean()) == pytest.approx(3, abs=0.1)
+    assert torch.equal(uniform(keys[0], (7,), 2), uniform(keys[0], (7,), 2))
+    others = [
+        uniform(keys[0], (1000,), 1),
+        uniform(keys[1], (1000,)),
+        uniform(keys[2], (1000,)),
+        normal(keys[0], (1000,)),
+    ]
+    for other in others:
+        assert abs(float(torch.corrcoef(torch.stack([flat[:1000], other]))[0, 1])) < 0.15
+    stacked = vmap(lambda key: normal(key, (3, 2), 4))(keys)
+    torch.testing.assert_close(stacked[1], normal(keys[1], (3, 2), 4), rtol=0, atol=0)
 
 
 # Tasks from modules

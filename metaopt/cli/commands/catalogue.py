@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaopt import registry
+from metaopt.hookspecs import Spec
 
 KIND_WORDS = {
     "optimizers": "optimizer",
@@ -40,17 +41,31 @@ def list_kind(
     """
     kind = _kind(kind)
     found = registry.default()
-    rows = [
-        {**dataclasses.asdict(spec), "kind": kind, "plugin": found.owner(kind, name)}
-        for name, spec in found.specs(kind).items()
-    ]
+    rows = [_row(found, kind, spec) for spec in found.specs(kind).values()]
     if as_json:
         _print_json(rows)
     else:
         for row in rows:
             row["paper"] = row["paper"].split(", http")[0]
-        _print_table(("name", "summary", "paper", "plugin"), rows)
+        last = ("suite", "parameters", "license") if kind == "task" else ("paper",)
+        _print_table(("name", "summary", *last, "plugin"), rows)
     _warn(found)
+
+
+_TASK_FACTS = ("family", "suite", "data", "license", "parameters", "bytes", "ms_per_step", "content")
+
+
+def _row(found: registry.Registry, kind: str, spec: Spec) -> dict[str, Any]:
+    """What a spec says, its facts among it; a task says under what licence its data are."""
+    row = dataclasses.asdict(spec)
+    row |= {"kind": kind, "plugin": found.owner(kind, spec.name)} | row.pop("facts")
+    if kind == "task":
+        row = dict.fromkeys(_TASK_FACTS) | row
+        known = found.specs("data_source")
+        sources = [known[name] for name in (row["data"] or "").split(", ") if name in known]
+        licenses = "; ".join(dict.fromkeys(source.facts.get("license", "unknown") for source in sources))
+        row["license"] = licenses or ("none needed: generated" if row["family"] else None)
+    return row
 
 
 def list_plugins(as_json: AsJson = False) -> None:
@@ -93,7 +108,7 @@ def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
+        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
     console = Console(markup=False, highlight=False)  # other people's summaries may hold square brackets
     if not console.is_terminal:
         console.width = 1000  # one row, one line: for grep

@@ -1,0 +1,1 @@
+"""Data sources: named, on the device, without download."""
