@@ -55,4 +55,9 @@ def metaopt_optimizers() -> list[Spec]:
             "orthogonalised momentum for hidden matrices, AdamW elsewhere",
             ("matrix",), "Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/",
         ),
+        Spec(
+            "mup_adamw", "metaopt_classic.mup:mup_adamw",
+            "AdamW whose learning rates go by role and width",
+            ("wrapper", "adaptive"), "Yang et al., 2022, https://arxiv.org/abs/2203.03466",
+        ),
     ]  # fmt: skip
