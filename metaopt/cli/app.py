@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typer
 
-from metaopt.cli.commands import catalogue, demo, export, meta_train, race
+from metaopt.cli.commands import baseline, catalogue, demo, export, meta_train, race
 
 app = typer.Typer(
     name="metaopt",
@@ -29,5 +29,6 @@ app.command("list")(catalogue.list_kind)
 app.command("plugins")(catalogue.list_plugins)
 app.command("meta-train")(meta_train.meta_train)
 app.command("race")(race.race)
+app.command("baseline")(baseline.baseline)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)

@@ -35,12 +35,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from metaopt import registry
+from metaopt.evaluate.baseline import baseline_of, summary
 from metaopt.evaluate.course import Course, seed_streams
 from metaopt.evaluate.statistics import Estimate, estimate
 from metaopt.evaluate.tuning import POINTS_PER_ROUND, VALID_EXAMPLES, Tuning, tune_lr
 from metaopt.learned import BoundRule, LearnedRule
 from metaopt.resolve import resolve_rule
 from metaopt.rule import UpdateRule
+from metaopt.suite import content_hash, listed, suite_hash
 from metaopt.task import Task, TaskFamily
 
 CHECKPOINTS = 10
@@ -90,6 +92,8 @@ class RaceResult:
         entries: ``entries[contender][task]``.
         aggregate: normalised score over tasks and seeds, per contender.
         seconds: wall-clock per contender; the one thing that differs between equal races.
+        against_adamw: per contender ``score`` and ``speedup`` as in `metaopt.evaluate.baseline.summary`; empty unless
+            the archive of baselines has every task of the race.
     """
 
     protocol: dict[str, Any]
@@ -98,6 +102,7 @@ class RaceResult:
     entries: dict[str, dict[str, Entry]]
     aggregate: dict[str, Estimate]
     seconds: dict[str, float] = field(default_factory=dict)
+    against_adamw: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def ranking(self) -> list[str]:
@@ -115,7 +120,7 @@ class RaceResult:
 
 def race(
     contenders: Mapping[str, UpdateRule | str] | Sequence[UpdateRule | str],
-    tasks: Sequence[Task | TaskFamily | str],
+    tasks: Sequence[Task | TaskFamily | str] | str,
     *,
     seeds: int = 5,
     grid: int = 9,
@@ -132,7 +137,7 @@ def race(
     Args:
         contenders: name -> rule (a learned optimizer bound to its theta), or a list of rules. Instead of a rule,
             whatever `metaopt.resolve.resolve_rule` takes: a registered name, a file, a meta-training run's directory.
-        tasks: tasks, families or registered names.
+        tasks: tasks, families, registered names, and ``suite:NAME`` for all tasks of a suite.
         seeds: final runs per contender and task.
         grid: learning rates over the declared search range, at least 3; 0: no tuning, each rule runs with its own.
         tune_seeds: training runs per learning rate.
@@ -152,7 +157,8 @@ def race(
     if grid in (1, 2):
         raise ValueError(f"grid must be 0 (no tuning) or at least 3, so that the best point can be inside; got {grid}")
     rules = _resolve(contenders, device)
-    courses = [Course.of(_task(source, device), steps, device, backend) for source in _listed(tasks)]
+    sources = [_task(source, device) for source in _listed(tasks)]
+    courses = [Course.of(source, steps, device, backend) for source in sources]
     names = [course.name for course in courses]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks must have different names, got {names}; rename one")
@@ -174,6 +180,13 @@ def race(
                 bar.update(line, completed=done + stages)
                 seconds[name] += time.perf_counter() - began
 
+    curves = {
+        name: baseline_of(name, source) if isinstance(source, Task) else None
+        for name, source in zip(names, sources, strict=True)
+    }
+    contents = {
+        name: content_hash(source) for name, source in zip(names, sources, strict=True) if isinstance(source, Task)
+    }
     return RaceResult(
         protocol={
             "seed": seed, "seeds": seeds, "grid": grid, "rounds": rounds, "points_per_round": POINTS_PER_ROUND,
@@ -183,6 +196,8 @@ def race(
             "steps": {course.name: course.steps for course in courses},
             "batch_size": {course.name: course.task.batch_size for course in courses},
             "valid_examples_at_most": VALID_EXAMPLES, "test_examples_at_most": TEST_EXAMPLES,
+            "asked": [item if isinstance(item, str) else item.name for item in _given(tasks)],
+            "suite_hash": suite_hash(contents),
             "device": str(device), "device_name": _device_name(device), "backend": backend,
         },
         contenders={name: _description(rule) for name, rule in rules.items()},
@@ -190,6 +205,15 @@ def race(
         entries=entries,
         aggregate={name: estimate([row[task].scores for task in sorted(names)]) for name, row in entries.items()},
         seconds=seconds,
+        against_adamw={
+            name: summary(
+                {task: curve for task, curve in curves.items() if curve is not None},
+                {task: entry.test for task, entry in row.items()},
+                {course.name: course.steps for course in courses},
+            )
+            for name, row in entries.items()
+            if all(curves.values())
+        },
     )  # fmt: skip
 
 
@@ -229,12 +253,16 @@ def _require(**numbers: tuple[Any, int]) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def _given(tasks: Any) -> list[Any]:
+    return [tasks] if isinstance(tasks, (str, Task, TaskFamily)) else list(tasks or ())
+
+
 def _listed(tasks: Any) -> list[Any]:
-    if isinstance(tasks, (str, Task, TaskFamily)):
-        tasks = [tasks]
-    if not tasks:
+    """What was asked for, with suites replaced by their tasks."""
+    expanded = [name for item in _given(tasks) for name in (listed([item]) if isinstance(item, str) else [item])]
+    if not expanded:
         raise ValueError("a race needs at least one task, got none")
-    return list(tasks)
+    return expanded
 
 
 def _resolve(contenders: Any, device: Any) -> dict[str, UpdateRule]:

@@ -72,6 +72,7 @@ def as_json(result: RaceResult) -> dict[str, Any]:
             name: {task: _plain(dataclasses.asdict(entry)) for task, entry in row.items()}
             for name, row in result.entries.items()
         },
+        "against_adamw": _plain(result.against_adamw),
         "wall_clock": {"seconds": {name: round(value, 3) for name, value in result.seconds.items()}},
     }
 
@@ -84,6 +85,11 @@ def table(result: RaceResult) -> Table:
         caption=(
             f"{seeds} seeds per task, {tuning_runs} tuning runs per contender and task; ★ best; "
             "score: normalised, over all tasks, lower is better; ! learning rate at an end of the search"
+            + (
+                "; speedup: steps that archived tuned AdamW needs for the same loss / steps made"
+                if result.against_adamw
+                else ""
+            )
         ),
         caption_justify="left",
         title_justify="left",
@@ -91,6 +97,8 @@ def table(result: RaceResult) -> Table:
     )
     grid.add_column("contender", no_wrap=True)
     grid.add_column("score", justify="right")
+    if result.against_adamw:
+        grid.add_column("speedup", justify="right")
     for task in result.tasks:
         grid.add_column(task, justify="right")
     grid.add_column("diverged", justify="right")
@@ -100,6 +108,7 @@ def table(result: RaceResult) -> Table:
         grid.add_row(
             Text(name, style="bold" if place == 0 else ""),
             _cell(result.aggregate[name], place == 0),
+            *([f"{result.against_adamw[name]['speedup']:.2f}"] if result.against_adamw else []),
             *(_task_cell(result.entries[name][task], _wins(result, name, task)) for task in result.tasks),
             Text(f"{failed} of {total}", style="bold red" if failed else "dim"),
         )

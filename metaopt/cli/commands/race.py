@@ -20,7 +20,9 @@ def race(
             "gives one a name.",
         ),
     ],
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks (metaopt list tasks).")] = "digits_mlp",
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated tasks (metaopt list tasks), suite:NAME for a suite.")
+    ] = "digits_mlp",
     seeds: Annotated[int, typer.Option(help="Final runs per contender and task.")] = 5,
     steps: Annotated[int | None, typer.Option(help="Length of every run; default: each task's horizon.")] = None,
     grid: Annotated[int, typer.Option(help="Learning rates tried first; 0: no tuning.")] = 9,
