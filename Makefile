@@ -29,6 +29,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/unroll.py
+	$(BIN)/python benchmarks/tasks.py
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/mup.py
+	$(BIN)/python benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -24,7 +24,7 @@ from metaopt.evaluate.tuning import tune_lr
 from metaopt.task import Task
 
 GRID, ROUNDS, TUNE_SEEDS = 9, 2, 2
-TASKS = ["digits_conv_wide", "digits_vit", "char_lm", "python_char_lm"]
+TASKS = ["digits_mlp", "digits_conv_wide", "digits_vit", "char_lm", "python_lm_2layer", "pydoc_lstm"]
 
 
 def unigram_loss(task: Task) -> float:

@@ -1,6 +1,6 @@
 """Inner steps per CPU-second of every task family: K copies as the unroll runs them, against a loop over single runs.
 
-    python benchmarks/tasks.py [--copies 1 16 64] [--families mlp_classifier ...] [--compile] [--out FILE.json]
+    python benchmarks/tasks.py [--copies 1 16 64] [--families mlp_classifier ...] [--compile FAMILY ...] [--out FILE.json]
 
 One core, AdamW, the first named member of each family. ``looped`` is what a tutorial does: one run at a time, autograd and
 ``torch.optim.AdamW(fused=True)``. With jax installed, the digits MLP with Adam also runs as ``jax.vmap`` of ``lax.scan``, on
@@ -33,6 +33,7 @@ from metaopt.task import Task
 from metaopt.unroll import start, unroll
 
 ROUNDS, SECONDS_PER_ROUND = 3, 0.25
+COMPILED = ["mlp_classifier", "quadratic", "conv", "rnn_lm", "transformer_lm"]
 
 
 def looped(task: Task) -> float:
@@ -59,9 +60,9 @@ def looped(task: Task) -> float:
 
 
 @torch.no_grad()
-def ours(task: Task, copies: int, backend: str) -> float:
+def ours(task: Task, copies: int, backend: str, optimizer: str = "adamw") -> float:
     """Steps per CPU-second of all copies together."""
-    rule = registry.create("optimizer", "adamw")
+    rule = registry.create("optimizer", optimizer)
     carry = start(task, rule, list(range(copies)))
 
     def run(steps: int) -> None:
@@ -131,14 +132,20 @@ def main() -> None:
     first = {}
     for name, spec in sorted(specs.items(), key=lambda item: item[1].facts.get("parameters") or 0):
         first.setdefault(spec.facts["family"], name)
-    first |= {"mlp_classifier": "digits_mlp", "conv": "digits_conv", "transformer_lm": "char_lm"}
+    first |= {
+        "mlp_classifier": "digits_mlp",
+        "conv": "digits_conv",
+        "transformer_lm": "char_lm",
+    }  # the field's usual ones
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--families", nargs="+", default=sorted(first))
-    parser.add_argument("--compile", action="store_true", help="also torch.compile: up to a minute per family")
+    parser.add_argument(
+        "--compile", nargs="*", default=COMPILED, help="families that torch.compile runs too: a minute each"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tasks.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    backends = ["auto", "eager", *(["compile"] if given.compile else [])]
+    backends = ["auto", "eager", "compile"]
     console = Console(width=140 if not sys.stdout.isatty() else None)
     table = Table(title="inner steps per CPU-second on one core, and the ratio to looping over plain torch")
     for column in ("family", "task", "looped", *(f"{b} K={k}" for b in backends for k in given.copies)):
@@ -150,29 +157,38 @@ def main() -> None:
         peer = looped(task)
         speeds: dict[str, dict[int, float | str]] = {}
         for backend in backends:
-            for k in given.copies:
+            for k in given.copies if backend != "compile" or family in given.compile else []:
                 try:
                     speeds.setdefault(backend, {})[k] = ours(task, k, backend)
                 except Exception as error:  # a task that torch.compile cannot take is a result too
                     if backend != "compile":
                         raise
                     speeds.setdefault(backend, {})[k] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        cells = [speeds[b][k] for b in backends for k in given.copies]
+        cells = [speeds.get(b, {}).get(k, "") for b in backends for k in given.copies]
         table.add_row(family, name, f"{peer:,.0f}", *(_cell(cell, peer) for cell in cells))
         console.print(f"{family}: " + ", ".join(_cell(cell, peer) for cell in cells), style="dim")
         rows.append({"family": family, "task": name, "looped": peer, "steps_per_second": speeds})
-    jax = {k: jax_digits_mlp(k) for k in given.copies if k > 1} if "mlp_classifier" in given.families else {}
     console.print(table)
-    if any(jax.values()):
-        console.print("digits_mlp with Adam, jax vmap + scan: " + ", ".join(f"K={k}: {s:,.0f}" for k, s in jax.items()))
+    versus = {}
+    for k in [k for k in given.copies if k > 1 and "mlp_classifier" in given.families]:
+        peer_speed = jax_digits_mlp(k)
+        if peer_speed is not None:
+            mine = ours(registry.create("task", "digits_mlp"), k, "compile", "adam")
+            versus[k] = {"jax": peer_speed, "metaopt": mine}
+            console.print(f"digits_mlp, Adam, K={k}: jax vmap + scan {peer_speed:,.0f}, compile {mine:,.0f}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "unit": "inner steps per CPU-second, one core", "rows": rows, "jax_digits_mlp": jax}
+    result = {
+        "machine": machine(),
+        "unit": "inner steps per CPU-second, one core",
+        "rows": rows,
+        "digits_mlp_adam": versus,
+    }
     given.out.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"written: {given.out}")
 
 
 def _cell(speed: float | str, peer: float) -> str:
-    return "no" if isinstance(speed, str) else f"{speed:,.0f} ({speed / peer:.1f}x)"
+    return ("no" if speed else "") if isinstance(speed, str) else f"{speed:,.0f} ({speed / peer:.1f}x)"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def loop(step: InnerStep) -> Advance:
     """One copy after the other, without vmap: for arithmetic that fills the processor, and for code that vmap cannot take."""
 
     def step_all(*arguments: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and "closure" not in step.rule.requirements():  # a closure would be vmapped
             return _unrecorded(step, False, *arguments)
         copies = [copy_of(k, arguments, step.dims) for k in range(len(arguments[-1]))]
         return with_finite(*(tree.stack(part) for part in zip(*(step.one(*copy) for copy in copies), strict=True)))
@@ -49,9 +49,9 @@ def loop(step: InnerStep) -> Advance:
         losses, runs = [], []
         for k in range(len(indices)):
             run = tree.index(carry.tree(), slice(k, k + 1))
-            done = _alone(step, kernel, copy_of(k, hp, step.dims[1]), tree.index(run, 0), indices[k])
+            own = {name: _numbers(value) for name, value in copy_of(k, hp, step.dims[1]).items()}
+            done = _alone(step, kernel, own, tree.index(run, 0), indices[k])
             if done is None:  # it diverged: once more, with a look at every step
-                own = copy_of(slice(k, k + 1), hp, step.dims[1])
                 loss, end = together(theta, own, Carry.from_tree(run), indices[k : k + 1], horizon[k : k + 1])
                 done = loss[0], tree.index(end.tree(), 0)
             losses.append(done[0])
@@ -67,7 +67,7 @@ def _alone(
     """All steps of one copy, updated in place like any torch loop: losses [T] and the new run; None if it diverges."""
     task, rule, names = step.task, step.rule, list(run["params"])
     assert isinstance(rule, ElementwiseRule)
-    scalars = {name: float(value) for name, value in flat_hp(hp).items()}
+    scalars = flat_hp(hp)
     params = {
         name: p.clone(memory_format=torch.contiguous_format).requires_grad_() for name, p in run["params"].items()
     }
@@ -88,7 +88,7 @@ def _alone(
         if not alive:
             return None
         losses.append(loss.detach())
-        buffers = tree.detach(buffers)
+        buffers = tree.map_tree(lambda b: b.detach().clone(), buffers)  # they may be parameters, which change in place
         count += 1
         kernel([leaves, [g.contiguous() for g in grads], *slots], rule.program.scalar_values({**scalars, "t": count}))
     if not all(bool(torch.isfinite(leaf.detach().sum())) for leaf in leaves):
@@ -119,15 +119,20 @@ def compiled(step: InnerStep) -> Advance:
     What cannot be one graph is an error, never a silent return to eager.
     """
     graphs: dict[Any, Callable[..., Any]] = {}
+    guarded: set[Any] = set()
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
-        tensors = tuple((t.dtype, t.shape, t.stride(), t.requires_grad) for t in _flat(arguments))
-        layout = (function, torch.is_grad_enabled(), *tensors)
+        tensors, first = [*_flat(arguments)], dict[int, int]()
+        same = tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))  # torch makes one input of two
+        looks = ((t.dtype, t.shape, t.stride(), t.requires_grad) for t in tensors)
+        layout = (function, torch.is_grad_enabled(), same, *looks)
         if layout not in graphs:
             function(*arguments)  # traces the rule's program, and lets plain errors be plain
             graphs[layout] = torch.compile(_own_code(lambda *a: function(*a)), dynamic=False, fullgraph=True)
+        if layout not in guarded:  # once per window torch looks at the rest: attributes of the task, autocast, threads
+            guarded.add(layout)
             return graphs[layout](*arguments)
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # safe: the layout is what torch would look at
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # safe: within a window only tensors change
             return graphs[layout](*arguments)
 
     def step_all(theta: Theta, hp: dict[str, Any], params: Params, state: State, *rest: Any) -> Any:
@@ -138,7 +143,17 @@ def compiled(step: InnerStep) -> Advance:
         # as tensors, so that another value needs no new graph
         return call(step.all, theta, tree.map_tree(lambda v: _tensors(v, rest[-1].device), hp), params, state, *rest)
 
-    return lockstep(step, step_all)
+    together = lockstep(step, step_all)
+
+    def advance(*window: Any) -> tuple[Tensor, Carry]:
+        guarded.clear()
+        return together(*window)
+
+    return advance
+
+
+def _numbers(value: Any) -> Any:
+    return tuple(_numbers(entry) for entry in value) if isinstance(value, tuple) else float(value)
 
 
 def _flat(value: Any) -> Iterator[Tensor]:

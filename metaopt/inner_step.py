@@ -69,17 +69,22 @@ class InnerStep:
 
     def pure_gradients(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params, Params]:
         """As `gradients`, by function transforms: slower as it is, but open to ``torch.compile``."""
-        return torch.vmap(self.task.loss_and_gradients)(params, buffers, batch)
+        loss, grads, new_buffers = torch.vmap(self.task.loss_and_gradients)(params, buffers, batch)
+        for name, p in params.items():  # a task may compute its own; C++ is handed addresses
+            if grads[name].shape != p.shape or grads[name].dtype != p.dtype:
+                raise ValueError(f"the gradient of {name!r} must have its parameter's shape and dtype {p.dtype}")
+        return loss, grads, new_buffers
 
     def finish(
         self, loss: Tensor, grads: Params, new_buffers: Params, theta: Theta, hp: Any, params: Params, state: State,
         buffers: Params, batch: Batch, *time: Tensor,
     ) -> tuple[Tensor, Params, State, Params, Tensor]:  # fmt: skip
         """The rest of a step of all copies after `gradients`."""
-        if self.fused(params, state) is None:
+        kernel = self.fused(params, state)
+        if kernel is None:
             new = self._update_all(grads, loss, theta, hp, params, state, buffers, batch, *time)
         else:
-            new = self._fused_update(grads, hp, params, state, time[0])
+            new = self._fused_update(kernel, grads, hp, params, state, time[0])
         return with_finite(loss, *new, new_buffers)
 
     def fused(self, params: Params, state: State, in_place: bool = False) -> CppStep | None:
@@ -88,19 +93,21 @@ class InnerStep:
         if not isinstance(rule, ElementwiseRule) or type(rule).update is not ElementwiseRule.update:
             return None
         first = next(iter(params.values()))
-        slots = (state[name][slot] for name in params for slot in rule.slots)
-        if not first.is_cpu or any(tensor.dtype != first.dtype for tensor in (*params.values(), *slots)):
+        if not first.is_cpu:
             return None
+        for name, p in params.items():
+            slots = [state[name][slot] for slot in rule.slots]
+            if p.dtype != first.dtype or any(s.dtype != first.dtype or s.shape != p.shape for s in slots):
+                return None
         return compile_cpp(rule.program, first.dtype, first.dtype, first.dtype, out_of_place=not in_place)
 
-    def _fused_update(self, grads: Params, hp: Any, params: Params, state: State, step: Tensor) -> tuple[Params, State]:
-        rule, kernel = self.rule, self.fused(params, state)
-        assert isinstance(rule, ElementwiseRule) and kernel is not None
+    def _fused_update(
+        self, kernel: CppStep, grads: Params, hp: Any, params: Params, state: State, step: Tensor
+    ) -> tuple[Params, State]:
+        rule = self.rule
+        assert isinstance(rule, ElementwiseRule)
         columns = [params, grads, *({name: state[name][slot] for name in params} for slot in rule.slots)]
-        scalars = flat_hp(hp)
-        alike = not any(isinstance(value, Tensor) for value in scalars.values()) and bool((step == step[0]).all())
-        t = int(step[0]) + 1 if alike else (step + 1).to(torch.float64)  # on floats the prelude is quick
-        coefficients = rule.program.scalar_values({**scalars, "t": t})
+        coefficients = _coefficients(rule, flat_hp(hp), step)
         new = kernel.copies([[column[name].contiguous() for name in params] for column in columns], coefficients)
         new_params, *slots = (dict(zip(params, column, strict=True)) for column in new)
         return new_params, {
@@ -126,8 +133,8 @@ class InnerStep:
 def with_finite(loss: Tensor, params: Params, state: State, buffers: Params) -> Any:
     """The same with the finite mask [K]."""
     # one sum per copy: a NaN or infinity anywhere shows in it
-    total = torch.stack([leaf.detach().reshape(len(leaf), -1).sum(1) for leaf in tree.leaves(params)]).sum(0)
-    return loss, params, state, buffers, torch.isfinite(loss.detach()) & torch.isfinite(total)
+    sums = [loss.detach(), *(leaf.detach().reshape(len(leaf), -1).sum(1) for leaf in tree.leaves(params))]
+    return loss, params, state, buffers, torch.isfinite(sum(sums[1:], sums[0]))
 
 
 def gradients(loss: Callable[..., Any], params: Params, *rest: Any) -> tuple[Tensor, Params, Params]:
@@ -139,8 +146,20 @@ def gradients(loss: Callable[..., Any], params: Params, *rest: Any) -> tuple[Ten
     return value.detach(), dict(zip(leaves, found, strict=True)), tree.detach(buffers)
 
 
-def copy_of(k: int | slice, value: Any, dims: Any) -> Any:
-    """Copy k (or copies) of arguments whose dimensions of copies are ``dims``."""
+def _coefficients(rule: ElementwiseRule, scalars: dict[str, Any], step: Tensor) -> dict[str, Any]:
+    """The kernel's coefficients: a number for all copies, or one per copy [K]."""
+    if any(isinstance(value, Tensor) for value in scalars.values()):
+        return rule.program.scalar_values({**scalars, "t": (step + 1).to(torch.float64)})
+    # on floats the prelude is quick, and rounds as it does for a copy alone: one that is frozen changes no bit of others
+    made = step.tolist()
+    found = {count: rule.program.scalar_values({**scalars, "t": count + 1}) for count in {*made}}
+    if len(found) == 1:
+        return found[made[0]]
+    return {name: torch.tensor([found[count][name] for count in made], dtype=torch.float64) for name in found[made[0]]}
+
+
+def copy_of(k: int, value: Any, dims: Any) -> Any:
+    """Copy k of arguments whose dimensions of copies are ``dims``."""
     if dims is None:
         return value
     if dims == 0:

@@ -47,6 +47,11 @@ class ModuleTask(Task):
         frozen = [name for name, p in self._training.named_parameters() if not p.requires_grad]
         if frozen:
             raise ValueError(f"every parameter is trained, but {frozen[0]!r} asks for no gradient; make it a buffer")
+        unknown = set(self.roles) - {name for name, _ in self._training.named_parameters()}
+        if unknown:
+            raise ValueError(
+                f"roles name {min(unknown)!r}, which is no parameter of the module; see named_parameters()"
+            )
         self._judging = copy.deepcopy(self._training).eval()
         self._carried = self._changed_by_training()
 

@@ -58,14 +58,18 @@ def uniform(key: Tensor, shape: Sequence[int], stream: int = 0, dtype: torch.dty
         key: `step_keys` of one copy and step; a task finds it in its batch as ``random``.
         shape: of the result.
         stream: one number per use, so that two draws of one step differ.
-        dtype: default float32.
+        dtype: default float32; narrower ones are rounded from it.
     """
+    dtype = dtype or torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
     lane = torch.arange(math.prod(shape), dtype=torch.int64, device=key.device)
     bits = _shift_right(hash64(hash64(key + stream) + lane), 41)  # 23 bits: with the half below exact in float32
-    return ((bits.to(dtype or torch.float32) + 0.5) * 2.0**-23).reshape(tuple(shape))
+    return ((bits.to(wide) + 0.5) * 2.0**-23).to(dtype).reshape(tuple(shape))
 
 
 def normal(key: Tensor, shape: Sequence[int], stream: int = 0, dtype: torch.dtype | None = None) -> Tensor:
     """Standard normal numbers by Box and Muller's transform of two `uniform` draws; arguments as there."""
-    radius = (-2 * uniform(key, shape, 2 * stream + (1 << 20), dtype).log()).sqrt()
-    return radius * (2 * math.pi * uniform(key, shape, 2 * stream + (1 << 20) + 1, dtype)).cos()
+    dtype = dtype or torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
+    radius = (-2 * uniform(key, shape, 2 * stream + (1 << 20), wide).log()).sqrt()
+    return (radius * (2 * math.pi * uniform(key, shape, 2 * stream + (1 << 20) + 1, wide)).cos()).to(dtype)

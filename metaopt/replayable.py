@@ -65,6 +65,14 @@ class Replayable(TorchFunctionMode):
         """Zero whole channels of ``input`` [B, C, ...]."""
         return self._dropped(input, (*input.shape[:2], *(1 for _ in input.shape[2:])), p, training)
 
+    def dropout1d(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Zero whole channels of ``input`` [..., C, L]."""
+        return self._dropped(input, (*input.shape[:-1], 1), p, training)
+
+    def dropout3d(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Zero whole channels of ``input`` [..., C, D, H, W]."""
+        return self._dropped(input, (*input.shape[:-3], 1, 1, 1), p, training)
+
     def _dropped(self, input: Tensor, shape: tuple[int, ...], p: float, training: bool) -> Tensor:
         if not training or p == 0:
             return input
@@ -215,9 +223,9 @@ def _relu_step(x: Tensor, h: Tensor, state: list[Tensor]) -> list[Tensor]:
 
 _REPLACED: dict[Any, str] = {
     F.dropout: "dropout",
-    F.dropout1d: "feature_dropout",
+    F.dropout1d: "dropout1d",
     F.dropout2d: "feature_dropout",
-    F.dropout3d: "feature_dropout",
+    F.dropout3d: "dropout3d",
     F.scaled_dot_product_attention: "attention",
     torch.rand_like: "rand_like",
     torch.randn_like: "randn_like",

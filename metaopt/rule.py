@@ -125,7 +125,7 @@ class PerParameter(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         values = [hp[name] for hp in self.by_param.values()]
-        if any(value != values[0] for value in values[1:]):
+        if any(value is not values[0] and value != values[0] for value in values[1:]):
             raise ValueError(
                 f"{name} acts on all parameters together, so its param groups must agree; got {sorted(set(values))}"
             )

@@ -99,7 +99,8 @@ class Task(ABC):
     def loss_and_gradients(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params, Params]:
         """`training_loss`, its gradients and the new buffers; differentiable again.
 
-        Overridden where the gradients are those of no single loss (games).
+        Overridden where the gradients are those of no single loss (games). Unrolls that record nothing differentiate
+        `training_loss` by plain autograd, which must then find the same gradients (by ``detach``).
         """
         gradients, (loss, new_buffers) = grad_and_value(self.training_loss, has_aux=True)(params, buffers, batch)
         return loss, gradients, new_buffers

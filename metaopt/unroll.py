@@ -65,6 +65,7 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
         seeds: int64 [K].
         config: per-copy task configs [K, ...] (`metaopt.task.stack_configs`); default: the task's own for all.
     """
+    _refuse_inference_mode()
     seeds = torch.as_tensor(seeds, dtype=torch.int64)
     if seeds.dim() != 1 or not len(seeds):
         raise ValueError(f"seeds must be a non-empty vector of integers, got shape {tuple(seeds.shape)}")
@@ -125,7 +126,9 @@ def unroll(
 
     Raises:
         ValueError: ``steps`` < 1, or a hyperparameter outside its domain.
+        RuntimeError: under ``torch.inference_mode``.
     """
+    _refuse_inference_mode()
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     k = len(carry.seeds)
@@ -171,12 +174,18 @@ def lockstep(step: InnerStep, step_all: Callable[..., Any]) -> Advance:
             else:
                 old = (params, state, buffers)
                 params, state, buffers = (tree.select(survives, *pair) for pair in zip(new, old, strict=True))
-            losses.append(torch.where(alive & torch.isfinite(loss), loss, torch.full_like(loss, torch.nan)))
+                loss = torch.where(alive & torch.isfinite(loss), loss, torch.full_like(loss, torch.nan))
+            losses.append(loss)
             count = count + survives
             alive = survives
         return torch.stack(losses, 1), Carry(params, state, carry.seeds, count, alive, carry.config, buffers)
 
     return advance
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("training takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
 
 
 def _refuse_stacked_parts(rule: Declared) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from metaopt import registry, tree
+from metaopt.evaluate import race
 from metaopt.evaluate.losses import split_losses
 from metaopt.module_task import ModuleTask
 from metaopt.random import sample_indices
@@ -21,6 +23,7 @@ from metaopt.replayable import Replayable
 from metaopt.rule import UpdateRule
 from metaopt.task import Task
 from metaopt.unroll import start, unroll
+from metaopt_classic.wrappers import SAM
 
 VOCABULARY, LENGTH, WIDTH = 11, 6, 8
 
@@ -367,3 +370,45 @@ def test_a_module_with_dropout_and_batch_norm_compiles() -> None:
     (eager, end), (compiled, other) = (unroll(task, sgd(), begin, 3, backend=b) for b in ("eager", "compile"))
     torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(end.buffers, other.buffers, rtol=1e-4, atol=1e-5)
+
+
+class Branching(nn.Module):
+    """Decides by the value of its weights, which ``vmap`` cannot take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x if bool(self.linear.weight.sum() > 0) else -x)
+
+
+def branching_task() -> Task:
+    data = {"train": (numbers(20, 3), numbers(20, 1))}
+    return Task.from_module(Branching, F.mse_loss, data, name="branching", batch_size=4, horizon=3)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_vmap_cannot_take_loops_with_rules_that_evaluate_elsewhere_too(recorded: bool) -> None:
+    task, rule = branching_task(), SAM(sgd(), rho=0.1)
+    with torch.set_grad_enabled(recorded):
+        losses, _ = unroll(task, rule, start(task, rule, [0, 1]), 3, backend="loop")
+    assert bool(torch.isfinite(losses).all())
+
+
+def test_what_vmap_cannot_take_is_judged_and_raced_one_copy_after_the_other() -> None:
+    task = branching_task()
+    found = race(["sgd"], [task], seeds=2, grid=0, backend="loop", progress=False).entries["sgd"]["branching"]
+    assert all(math.isfinite(loss) for loss in found.test)
+    params = tree.stack([task.init(Generator().manual_seed(i)) for i in range(3)])
+    judged = split_losses(task, params, task.test, vmapped=False)
+    for k in range(3):
+        alone = task.loss(tree.index(params, k), task.test.take(torch.arange(20)))
+        torch.testing.assert_close(judged[k].float(), alone)
+
+
+def test_a_role_for_no_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"roles name 'lniear\.weight', which is no parameter"):
+        Task.from_module(
+            Branching, F.mse_loss, {"train": (numbers(20, 3), numbers(20, 1))}, roles={"lniear.weight": "output"}
+        )

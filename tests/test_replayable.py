@@ -98,3 +98,10 @@ def test_recurrent_cells_are_those_of_torch(make: Callable[..., nn.Module], bias
     with Replayable(None):
         found = module(x, module(x))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dropout", "shape"), [(nn.Dropout1d, (40, 6)), (nn.Dropout3d, (40, 2, 3, 2))])
+def test_channels_of_an_example_without_a_batch_are_dropped_whole(dropout: Any, shape: tuple[int, ...]) -> None:
+    with Replayable(torch.tensor(7)):
+        kept = dropout(0.5)(torch.ones(shape)).flatten(1)
+    assert torch.equal(kept.amin(1), kept.amax(1)) and 0 < float(kept.mean()) < 2

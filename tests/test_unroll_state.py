@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from metaopt import registry, tree
 from metaopt.meta.inner import write_copies
 from metaopt.random import normal, step_keys, uniform
-from metaopt.rule import Params, UpdateRule
+from metaopt.rule import ElementwiseRule, Params, UpdateRule
+from metaopt.space import hyper
 from metaopt.task import Batch, Split, Task
 from metaopt.unroll import Carry, start, unroll
 from metaopt_classic.adam import AdamW
@@ -114,6 +115,86 @@ def test_windows_and_checkpoints_change_no_bit(task: Task, backend: str, tmp_pat
     assert equal(end.tree(), carry.tree())
 
 
+@dataclass(eq=False)
+class Doomed(Task):
+    """A bowl in float64; in copies whose ``doomed`` is 1 the loss becomes infinite at the fourth step."""
+
+    def init(self, generator: Generator) -> Params:
+        return {"weight": torch.randn(3, generator=generator).double()}
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        return params["weight"].square().sum()
+
+    def buffers(self) -> Params:
+        return {"before": torch.full((3,), torch.nan, dtype=torch.float64), "count": torch.zeros(())}
+
+    def training_loss(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
+        over = (buffers["count"] >= 3) & (batch["doomed"] > 0)
+        loss = self.loss(params, batch) * torch.where(over, torch.inf, 1.0)
+        return loss, {"before": params["weight"], "count": buffers["count"] + 1}
+
+
+def doomed_runs(doomed: list[float]) -> tuple[Task, Carry]:
+    task = Doomed("doomed", Split(), Split(), Split(), config={"doomed": torch.zeros(())})
+    return task, start(task, AdamW(), torch.arange(len(doomed)), config={"doomed": torch.tensor(doomed)})
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01), torch.tensor([0.01, 0.02, 0.03])])
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_a_copy_that_diverges_changes_no_bit_of_others_nor_of_other_windows(backend: str, lr: Any) -> None:
+    task, begin = doomed_runs([0.0, 1.0, 0.0])
+    whole, end = unroll(task, AdamW(), begin, 300, hp={"lr": lr}, backend=backend)
+    assert end.alive.tolist() == [True, False, True] and end.step.tolist() == [300, 3, 300]
+    carry, parts = begin, []
+    for steps in (2, 3, 295):
+        losses, carry = unroll(task, AdamW(), carry, steps, hp={"lr": lr}, backend=backend)
+        parts.append(losses)
+    assert torch.equal(torch.cat(parts, 1).nan_to_num(), whole.nan_to_num())
+    assert equal(carry.tree(), end.tree())
+    others, healthy = unroll(task, AdamW(), doomed_runs([0.0] * 3)[1], 300, hp={"lr": lr}, backend=backend)
+    assert torch.equal(whole[[0, 2]], others[[0, 2]])
+    assert torch.equal(end.params["weight"][[0, 2]], healthy.params["weight"][[0, 2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_a_buffer_that_is_a_parameter_keeps_the_value_of_its_step(backend: str) -> None:
+    task, begin = doomed_runs([0.0, 0.0])
+    _, middle = unroll(task, AdamW(), begin, 2, backend=backend)
+    _, end = unroll(task, AdamW(), middle, 1, backend=backend)
+    assert torch.equal(end.buffers["before"], middle.params["weight"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_a_slot_of_another_shape_is_not_read_beyond_its_end(backend: str) -> None:
+    class Broadcast(ElementwiseRule):
+        lr: float = hyper(0.1, 0.0, 1.0)
+        slots = ("mean",)
+
+        def init_slot(self, slot: str, param: Tensor) -> Tensor:
+            return param.new_ones(())
+
+        def elementwise(self, param: Any, grad: Any, mean: Any, lr: Any) -> Any:
+            new = 0.5 * mean + grad
+            return param - lr * new, new
+
+    task, _ = doomed_runs([0.0, 0.0])
+    begin = start(task, Broadcast(), [0, 1], config={"doomed": torch.zeros(2)})
+    _, end = unroll(task, Broadcast(), begin, 1, backend=backend)
+    weight = begin.params["weight"]
+    torch.testing.assert_close(end.params["weight"], weight - 0.1 * (0.5 + 2 * weight))
+
+
+def test_inference_mode_is_refused_in_one_sentence(task: Task) -> None:
+    begin = start(task, sgd(), [1])
+    with torch.inference_mode():
+        for call in (lambda: start(task, sgd(), [1]), lambda: unroll(task, sgd(), begin, 1)):
+            with pytest.raises(RuntimeError, match=r"forbids; use torch\.no_grad"):
+                call()
+
+
 @torch.no_grad()
 def test_a_carry_without_buffers_makes_the_round_trip_too() -> None:
     task = registry.create("task", "quadratic_20")
@@ -177,6 +258,13 @@ def test_draws_are_uniform_normal_and_independent_between_streams_and_steps() ->
     assert abs(float((sample**4).mean()) - 3) < 5 * (96 / size) ** 0.5, "tails of a normal distribution"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("draw", [uniform, normal])
+def test_draws_in_half_precision_are_the_float32_ones_rounded(draw: Any, dtype: torch.dtype) -> None:
+    key = torch.tensor(5)
+    assert torch.equal(draw(key, (1000,), dtype=dtype), draw(key, (1000,)).to(dtype))
+
+
 CASES = ["adamw", "per_copy_hp", "learned"]
 
 
@@ -208,6 +296,27 @@ def test_a_compiled_unroll_carries_buffers_and_draws_the_same_numbers(task: Task
     (eager, end), (compiled, other) = (unroll(task, rule, begin, 4, hp=hp, backend=b) for b in ("eager", "compile"))
     torch.testing.assert_close(compiled, eager, **CLOSE)
     torch.testing.assert_close(other.buffers, end.buffers, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@torch.no_grad()
+def test_a_compiled_unroll_sees_what_changed_since_the_last_one() -> None:
+    class Scaled(Doomed):
+        scale = 1.0
+
+        def loss(self, params: Params, batch: Batch) -> Tensor:
+            return self.scale * params["weight"].square().sum()
+
+    task = Scaled("scaled", Split(), Split(), Split(), config={"doomed": torch.zeros(())})
+    begin = start(task, sgd(), [0, 1])
+    first, threads = unroll(task, sgd(0.0), begin, 3, backend="compile")[0], torch.get_num_threads()
+    task.scale = 2.0
+    try:
+        torch.set_num_threads(threads + 1)
+        second, _ = unroll(task, sgd(0.0), begin, 3, backend="compile")
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(second, 2 * first)
 
 
 @pytest.mark.parametrize("name", ["lr", "theta"])

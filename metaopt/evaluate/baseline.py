@@ -88,7 +88,7 @@ class Curve:
         return float(np.clip((envelope[0] - loss) / gain, -1.0, 2.0))
 
     def _envelope(self) -> np.ndarray:
-        """The best loss so far, strictly decreasing but for rounding; a loss that is not finite counts as the last one."""
+        """The best loss so far, from a finite start: a loss that is not finite is no better than the worst that is."""
         losses = np.array([math.nan if value is None else value for value in self.losses], dtype=float)
         losses = np.where(np.isfinite(losses), losses, np.inf)
         start = losses[0] if np.isfinite(losses[0]) else np.max(losses[np.isfinite(losses)], initial=0.0)
@@ -118,6 +118,8 @@ def measure(task: Task, name: str, rule: UpdateRule, rule_name: str, device: Any
 
 def build(names: Sequence[str], path: Path, *, rule: str = "adamw", device: Any = "cpu", progress: bool = True) -> None:
     """Measure the tasks ``names`` that the archive at ``path`` lacks, or holds with other content; keep the others."""
+    for name in names:
+        registry.get("task", name)  # an unknown one is an error now and not after hours
     archive = dict(read(path)) if path.is_file() else {}
     optimizer = registry.create("optimizer", rule)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]

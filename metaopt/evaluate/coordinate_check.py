@@ -120,7 +120,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _LAYERS:
-            for given in args:
+            for given in (*args, *(kwargs or {}).values()):
                 if id(given) in self.names:
                     self.outputs.setdefault(self.names[id(given)], []).append(result.detach().flatten())
         return result

@@ -77,7 +77,10 @@ class Course:
 
     def losses(self, carry: Carry, split: Split, max_examples: int | None) -> Tensor:
         """Loss of every run on ``split``, float64 [K] on the CPU; NaN where diverged or infinite, whatever a run froze at."""
-        losses = split_losses(self.task, carry.params, split, carry.config | carry.buffers, max_examples=max_examples)
+        losses = split_losses(
+            self.task, carry.params, split, carry.config | carry.buffers, max_examples=max_examples,
+            vmapped=self.backend != "loop",
+        )  # fmt: skip
         return torch.where(carry.alive & torch.isfinite(losses), losses, torch.nan).cpu()
 
     def scores(self, losses: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metaopt import tree
 from metaopt.random import step_keys
 from metaopt.rule import Params
 from metaopt.task import Batch, Split, Task
@@ -24,6 +25,7 @@ def split_losses(
     *,
     max_examples: int | None = None,
     chunk: int | None = None,
+    vmapped: bool = True,
 ) -> Tensor:
     """Mean loss of every copy over ``split``: float64 [K].
 
@@ -34,6 +36,7 @@ def split_losses(
         config: numbers of family members and buffers of the runs, tensors [K, ...].
         max_examples: at most so many examples: a subset drawn once, the same in every call.
         chunk: examples per forward pass; default `EXAMPLES_AT_ONCE` / K, but at least the task's batch size.
+        vmapped: all copies at once; False for losses that ``vmap`` cannot take, one copy after the other.
     """
     config = dict(config or {})
     copies = len(next(iter(params.values())))
@@ -43,7 +46,10 @@ def split_losses(
     def one_copy(copy: Params, batch: Batch, numbers: Batch) -> Tensor:
         return task.loss(copy, batch | numbers)
 
-    losses = torch.func.vmap(one_copy, in_dims=(0, None, 0))
+    def one_by_one(copies_: Params, batch: Batch, numbers: Batch) -> Tensor:
+        return torch.stack([one_copy(tree.index(copies_, k), batch, tree.index(numbers, k)) for k in range(copies)])
+
+    losses = torch.func.vmap(one_copy, in_dims=(0, None, 0)) if vmapped else one_by_one
     total = torch.zeros(copies, dtype=torch.float64, device=indices.device)
     for i, part in enumerate(indices.split(chunk)):
         batch = split.take(part)

@@ -19,7 +19,7 @@ from metaopt.random import uniform
 from metaopt.rule import Params
 from metaopt.task import Batch, Task
 from metaopt_tasks.augment_gradients import DelayedGradients, GradientNoise, LossScale, NormalizedGradients
-from metaopt_tasks.layers import require_choice
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.wrapper import Wrapper
 
 LEVELS = ("global", "tensor", "parameter")

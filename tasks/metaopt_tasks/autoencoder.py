@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch, Split
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.conv import conv, halved
 from metaopt_tasks.data.load import load
-from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear
 from metaopt_tasks.scales import ScaledTask
 
 CRITERIA = ("mse", "bce")

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from metaopt.random import normal, uniform
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.conv import conv
 from metaopt_tasks.data.load import load
-from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, mlp, mlp_params, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, mlp, mlp_params
 from metaopt_tasks.scales import ScaledTask
 
 CRITERIA = ("infonce", "vicreg", "barlow")
@@ -146,7 +147,7 @@ def vicreg(one: Tensor, two: Tensor) -> Tensor:
     loss = 25 * F.mse_loss(one, two)
     for z in (one, two):
         z = z - z.mean(0)
-        covariance = z.T @ z / (len(z) - 1)
+        covariance = z.T @ z / max(len(z) - 1, 1)
         variance = covariance.diagonal()
         loss = loss + 25 * F.relu(1 - (variance + _DEVIATION_FLOOR).sqrt()).mean()
         loss = loss + (covariance.square().sum() - variance.square().sum()) / z.shape[1]
@@ -160,8 +161,10 @@ def barlow_twins(one: Tensor, two: Tensor) -> Tensor:
     all the same then cost as much as views that have nothing in common. Correlations are those of the batch, so the
     loss changes a little with B.
     """
-    one, two = ((z - z.mean(0)) / (z.var(0) + 1e-5).sqrt() for z in (one, two))
-    correlation = one.T @ two / (len(one) - 1)
+    degrees = max(len(one) - 1, 1)  # a last chunk of a split may hold a single example
+    one, two = (z - z.mean(0) for z in (one, two))
+    one, two = (z / (z.square().sum(0) / degrees + 1e-5).sqrt() for z in (one, two))
+    correlation = one.T @ two / degrees
     diagonal = correlation.diagonal()
     others = correlation.square().sum() - diagonal.square().sum()
     return (1 - diagonal).square().mean() + others / (len(diagonal) * (len(diagonal) - 1))

@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
-from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.classifier import Classifier
 from metaopt_tasks.data.load import classes_of, load
-from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, output_weight, require_choice
-from metaopt_tasks.scales import CrossEntropyTask
+from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, output_weight
 
 CHANNEL_NORMS = ("none", "layer", "group")
 DOWNSAMPLES = ("stride", "max", "average", "none")
@@ -67,7 +67,7 @@ def halved(size: Sequence[int], times: int) -> tuple[int, ...]:
 
 
 @dataclass(eq=False)
-class ConvNet(CrossEntropyTask):
+class ConvNet(Classifier):
     """Convolutions, each followed by norm and activation and halving the map, and a linear head.
 
     Inputs are images [B, C, H, W] or series [B, C, T].
@@ -132,10 +132,6 @@ class ConvNet(CrossEntropyTask):
         if self.downsample == "average":
             return (F.avg_pool1d if series else F.avg_pool2d)(h, 2, ceil_mode=True)
         return h
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean cross-entropy of ``input`` [B, C, ...] and ``label`` [B]."""
-        return F.cross_entropy(self.logits(params, batch["input"]), batch["label"])
 
     def info(self) -> dict[str, ParamInfo]:
         """The first convolution is the input, the others hidden, the head the output."""

@@ -14,8 +14,9 @@ from torch import Generator, Tensor
 from metaopt.random import normal, uniform
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.load import load
-from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params
 from metaopt_tasks.scales import ScaledTask
 
 
@@ -106,7 +107,7 @@ class Diffusion(ScaledTask):
 
     def predict(self, params: Params, noisy: Tensor, t: Tensor) -> Tensor:
         """Noisy points [B, d] at times [B, 1] -> targets [B, d]."""
-        orders = torch.arange(1, self.frequencies + 1, device=t.device)
+        orders = torch.arange(1, self.frequencies + 1, dtype=t.dtype, device=t.device)
         return mlp(params, torch.cat([noisy, (math.pi * orders * t).cos()], -1), ACTIVATIONS[self.activation][0])
 
     def loss(self, params: Params, batch: Batch) -> Tensor:

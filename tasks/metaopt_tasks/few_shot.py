@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.load import load
-from metaopt_tasks.layers import ACTIVATIONS, cross_entropy, mlp, mlp_params, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, cross_entropy, mlp, mlp_params
 from metaopt_tasks.scales import ScaledTask
 
 _RATE = "log_inner_lr"

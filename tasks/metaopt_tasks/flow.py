@@ -12,9 +12,10 @@ from torch import Generator, Tensor
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.densities import density_entropy
 from metaopt_tasks.data.load import load
-from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params
 from metaopt_tasks.scales import ScaledTask
 
 COUPLINGS = ("affine", "additive")

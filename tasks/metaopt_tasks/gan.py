@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from metaopt.random import normal
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.load import load
 from metaopt_tasks.game import Game
-from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params
 from metaopt_tasks.scales import WORST, ScaledTask
 
 CRITERIA: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {

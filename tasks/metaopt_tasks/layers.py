@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from metaopt.rule import Params
+from metaopt_tasks.choices import require_choice
 
 ACTIVATIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "relu": (torch.relu, math.sqrt(2)),
@@ -30,12 +30,6 @@ ACTIVATIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 INITIALIZERS = ("normal", "uniform", "orthogonal", "sparse")
 NORMS = ("none", "layer", "rms")
-
-
-def require_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def hidden_weight(

@@ -8,12 +8,11 @@ from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
 from metaopt_tasks.data.load import classes_of, load
-from metaopt_tasks.layers import linear, output_weight
+from metaopt_tasks.layers import cross_entropy, linear, output_weight
 from metaopt_tasks.scales import ScaledTask
 
 
@@ -136,7 +135,7 @@ class LogisticRegression(LinearModel):
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Mean cross-entropy, plus l2 / 2 |W|^2."""
-        return F.cross_entropy(self.predict(params, batch["input"]), batch["label"]) + self.penalty(params)
+        return cross_entropy(self.predict(params, batch["input"]), batch["label"]) + self.penalty(params)
 
     def optimum(self) -> Params:
         """By scikit-learn's Newton method."""

@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch, Split
-from metaopt_tasks.layers import hidden_weight, require_choice
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.layers import hidden_weight
 from metaopt_tasks.quadratic import rotation
 from metaopt_tasks.scales import ScaledTask
 
@@ -195,7 +196,8 @@ class MatrixSensing(ScaledTask):
         measurement: a name in `MEASUREMENTS`.
         inner: columns of the factors.
         init_scale: standard deviation of the initial factors times sqrt(dim inner); the truth has 1.
-        truth: factors [dim, rank] at which the loss is 0, by parameter name.
+        truth: factors [dim, rank] at which the loss is 0, float64 by parameter name; on the CPU, wherever the data are, as
+            training takes only the names and dim from it.
     """
 
     measurement: str = "dense"

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
-from metaopt.task import Batch
+from metaopt_tasks.blocks import NORMS, two_layer, two_layer_params
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.classifier import Classifier
 from metaopt_tasks.data.load import classes_of, load
-from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, norm, norm_params, output_weight, require_choice
-from metaopt_tasks.scales import CrossEntropyTask
-from metaopt_tasks.vit import TOKEN_NORMS, patches, token_shape
+from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, norm, norm_params, output_weight
+from metaopt_tasks.vit import patches, token_shape
 
 
 @dataclass(eq=False)
-class Mixer(CrossEntropyTask):
+class Mixer(Classifier):
     """An MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601) on images [B, C, H, W] or series [B, C, T].
 
     Each block adds an MLP over the tokens of each channel, then one over the channels of each token, both pre-norm.
@@ -44,7 +44,7 @@ class Mixer(CrossEntropyTask):
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, ACTIVATIONS)
-        require_choice("norm", self.norm, TOKEN_NORMS)
+        require_choice("norm", self.norm, NORMS)
         token_shape(tuple(self.train.tensors["input"].shape[1:]), self.patch)
 
     def init(self, generator: Generator) -> Params:
@@ -62,12 +62,7 @@ class Mixer(CrossEntropyTask):
                 ("channel", self.width, self.channel_width),
             ):
                 params |= norm_params(f"block{i}.{part}.norm", self.width, self.norm)
-                params |= {
-                    f"block{i}.{part}.fc1.weight": hidden_weight((inner, outer), generator, gain),
-                    f"block{i}.{part}.fc1.bias": torch.zeros(inner),
-                    f"block{i}.{part}.fc2.weight": hidden_weight((outer, inner), generator, damping),
-                    f"block{i}.{part}.fc2.bias": torch.zeros(outer),
-                }
+                params |= two_layer_params(f"block{i}.{part}.", outer, inner, generator, gain, damping)
         return params | norm_params("norm", self.width, self.norm) | {
             "head.weight": output_weight((self.classes, self.width), generator),
             "head.bias": torch.zeros(self.classes),
@@ -84,12 +79,8 @@ class Mixer(CrossEntropyTask):
     def _branch(self, params: Params, name: str, h: Tensor, transposed: bool) -> Tensor:
         h = norm(params, f"{name}.norm", h, self.norm)
         h = h.transpose(1, 2) if transposed else h
-        h = linear(params, f"{name}.fc2", ACTIVATIONS[self.activation][0](linear(params, f"{name}.fc1", h)))
+        h = two_layer(params, f"{name}.", h, ACTIVATIONS[self.activation][0])
         return h.transpose(1, 2) if transposed else h
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean cross-entropy of ``input`` [B, C, ...] and ``label`` [B]."""
-        return F.cross_entropy(self.logits(params, batch["input"]), batch["label"])
 
     def info(self) -> dict[str, ParamInfo]:
         """The patch map is the input, the head the output, all other matrices are hidden."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from metaopt.random import uniform
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch, Task
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.load import classes_of, load
 from metaopt_tasks.layers import (
     ACTIVATIONS,
@@ -25,7 +26,6 @@ from metaopt_tasks.layers import (
     norm,
     norm_params,
     output_weight,
-    require_choice,
 )
 from metaopt_tasks.scales import CrossEntropyTask, ScaledTask
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.equations import EQUATIONS
 from metaopt_tasks.data.load import load
-from metaopt_tasks.layers import ACTIVATIONS, linear, mlp, mlp_params, require_choice
+from metaopt_tasks.layers import ACTIVATIONS, linear, mlp, mlp_params
 from metaopt_tasks.scales import ScaledTask
 
 Slopes = tuple[Tensor, Tensor, Tensor]
@@ -39,7 +41,7 @@ def _silu(x: Tensor) -> Slopes:
 
 def _softplus(x: Tensor) -> Slopes:
     s = x.sigmoid()
-    return torch.nn.functional.softplus(x), s, s * (1 - s)
+    return F.softplus(x), s, s * (1 - s)
 
 
 def _gelu(x: Tensor) -> Slopes:

@@ -10,16 +10,16 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.rule import ParamInfo, Params, infer_info
-from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.classifier import Classifier
 from metaopt_tasks.data.load import classes_of, load
-from metaopt_tasks.layers import ACTIVATIONS, cross_entropy, hidden_weight, linear, mlp, mlp_params, require_choice
-from metaopt_tasks.scales import CrossEntropyTask
+from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, mlp, mlp_params
 
 POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {"mean": lambda h: h.mean(1), "max": lambda h: h.amax(1)}
 
 
 @dataclass(eq=False)
-class DeepSets(CrossEntropyTask):
+class DeepSets(Classifier):
     """An MLP of every point, pooled over the points, then an MLP to class logits.
 
     Zaheer et al. 2017, arXiv:1703.06114; with ``max`` as in PointNet (Qi et al. 2017, arXiv:1612.00593).
@@ -55,17 +55,13 @@ class DeepSets(CrossEntropyTask):
             width = new
         return params | mlp_params((width, *self.hidden, self.classes), generator, gain, initializer=self.initializer)
 
-    def predict(self, params: Params, clouds: Tensor) -> Tensor:
+    def logits(self, params: Params, inputs: Tensor) -> Tensor:
         """Clouds [B, points, d] -> logits [B, classes]."""
         act = ACTIVATIONS[self.activation][0]
-        h = clouds
+        h = inputs
         for i in range(1, len(self.point_hidden) + 1):
             h = act(linear(params, f"point{i}", h))
         return mlp(params, POOLS[self.pool](h), act)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean cross-entropy of ``input`` [B, points, d] and ``label`` [B]."""
-        return cross_entropy(self.predict(params, batch["input"]), batch["label"])
 
     def info(self) -> dict[str, ParamInfo]:
         """The first layer of a point is the input."""

@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch, Split, Task, TaskFamily
-from metaopt_tasks.layers import require_choice
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.scales import WORST
 
 _NOISE_VECTORS = 4096
 
@@ -53,15 +54,14 @@ class Quadratic(Task):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """f(x); ``batch["noise"]`` [batch_size, dim] adds its mean to the gradient and leaves f(x*) as it is."""
         x = params["x"]
-        values = {**self.config, **batch}
-        offset = x - values["x_star"]
-        q = 0.5 * (offset @ (values["A"].to(x.dtype) @ offset))
-        loss = SHAPES[self.shape](q) + self.optimal_loss
-        return loss + values["noise"].mean(0) @ offset if "noise" in values else loss
+        a, x_star = (batch.get(name, self.config[name]).to(x.dtype) for name in ("A", "x_star"))
+        offset = x - x_star
+        loss = SHAPES[self.shape](0.5 * (offset @ (a @ offset))) + self.optimal_loss
+        return loss + batch["noise"].mean(0).to(x.dtype) @ offset if "noise" in batch else loss
 
     def normalize(self, loss: Tensor) -> Tensor:
         """(loss - optimal_loss) / scale in [-1.5, 1.5]: 0 at the optimum, about 1 at the start; NaN counts as 1.5."""
-        return torch.nan_to_num((loss - self.optimal_loss) / self.scale, nan=1.5).clamp(-1.5, 1.5)
+        return torch.nan_to_num((loss - self.optimal_loss) / self.scale, nan=WORST).clamp(-WORST, WORST)
 
     def info(self) -> dict[str, ParamInfo]:
         """``x`` is a vector added to a constant: a bias."""
@@ -217,11 +217,10 @@ class KroneckerQuadratic(Quadratic):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """f(W); ``batch["noise"]`` [batch_size, out, in] adds its mean to the gradient."""
         weight = params["weight"]
-        values = {**self.config, **batch}
-        offset = weight - values["w_star"]
-        curved = values["A"].to(weight.dtype) @ offset @ values["B"].to(weight.dtype)
-        loss = SHAPES[self.shape](0.5 * (offset * curved).sum()) + self.optimal_loss
-        return loss + (values["noise"].mean(0) * offset).sum() if "noise" in values else loss
+        a, b, w_star = (batch.get(name, self.config[name]).to(weight.dtype) for name in ("A", "B", "w_star"))
+        offset = weight - w_star
+        loss = SHAPES[self.shape](0.5 * (offset * (a @ offset @ b)).sum()) + self.optimal_loss
+        return loss + (batch["noise"].mean(0).to(weight.dtype) * offset).sum() if "noise" in batch else loss
 
     def info(self) -> dict[str, ParamInfo]:
         """``weight`` is the matrix of a hidden layer."""

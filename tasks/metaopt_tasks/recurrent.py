@@ -12,8 +12,9 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.language import LanguageModel, load_tokens
-from metaopt_tasks.layers import INITIALIZERS, hidden_weight, linear, output_weight, require_choice
+from metaopt_tasks.layers import INITIALIZERS, hidden_weight, linear, output_weight
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 """Cell -> how many blocks of ``width`` rows its matrices have."""

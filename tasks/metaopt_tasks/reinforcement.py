@@ -69,7 +69,7 @@ class CartPole(ScaledTask):
     objective: Objective = score_function
 
     def __post_init__(self) -> None:
-        self._limits = torch.tensor([2.4, math.inf, math.pi / 15, math.inf], device=self.device)
+        self._limits = torch.tensor([2.4, math.inf, math.pi / 15, math.inf], dtype=torch.float64, device=self.device)
 
     def init(self, generator: Generator) -> Params:
         """LeCun normal weights, a small head, zero biases: pushes are about even at first."""
@@ -96,7 +96,7 @@ class CartPole(ScaledTask):
             right = mlp(params, state, torch.tanh).squeeze(-1) > threshold
             states.append(state)
             rights.append(right)
-            push = torch.where(right, self.force, -self.force).to(state.dtype)
+            push = self.force * (2 * right.to(state.dtype) - 1)
             state = torch.add(state, self.acceleration(state, push), alpha=0.02)
             inside.append((state.abs() <= limits).all(-1))
         rewards = torch.stack(inside).to(state.dtype).cumprod(0)

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
-from metaopt.task import Batch
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.classifier import Classifier
 from metaopt_tasks.conv import channel_norm, channel_norm_params, conv, require_channels
 from metaopt_tasks.data.load import classes_of, load
-from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, output_weight, require_choice
-from metaopt_tasks.scales import CrossEntropyTask
+from metaopt_tasks.layers import ACTIVATIONS, hidden_weight, linear, output_weight
 
 
 @dataclass(eq=False)
-class ResNet(CrossEntropyTask):
+class ResNet(Classifier):
     """Pre-activation residual blocks (He et al. 2016, arXiv:1603.05027) on images [B, C, H, W] or series [B, C, T].
 
     A 3-wide convolution, then stages of blocks; each stage but the first halves the map (rounding up) and doubles the
@@ -93,10 +92,6 @@ class ResNet(CrossEntropyTask):
             h = inner + (conv(params, f"{name}shortcut", h, stride) if stride > 1 else h)
         h = act(channel_norm(params, "norm", h, self.norm))
         return linear(params, "head", h.flatten(2).mean(2))
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean cross-entropy of ``input`` [B, C, ...] and ``label`` [B]."""
-        return F.cross_entropy(self.logits(params, batch["input"]), batch["label"])
 
     def info(self) -> dict[str, ParamInfo]:
         """The stem is the input, the head the output, all other kernels are hidden."""

@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 
 from metaopt.rule import Params
 from metaopt.task import Batch, Split
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.landscape import RUGGED, SMOOTH, Landscape, length
-from metaopt_tasks.layers import require_choice
 
 
 @dataclass(frozen=True)

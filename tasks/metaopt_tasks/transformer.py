@@ -13,29 +13,26 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
+from metaopt_tasks.blocks import NORMS, block, block_params
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.language import LanguageModel, load_tokens
 from metaopt_tasks.layers import (
     ACTIVATIONS,
     attention,
-    attention_params,
-    hidden_weight,
-    linear,
     norm,
     norm_params,
     output_weight,
-    require_choice,
 )
 
 POSITIONS = ("learned", "rotary", "none")
 MLPS = ("gelu", "relu", "swiglu")
-NORMS = ("layer", "rms")
 MUP_HEAD_WIDTH = 16
 """Where muP's attention scale meets the standard one."""
 
 
 @dataclass(eq=False)
 class TransformerLM(LanguageModel):
-    """Token embedding (and positions) -> pre-norm blocks (Xiong et al. 2020, arXiv:2002.04745) -> norm -> head.
+    """Token embedding (and positions) -> pre-norm blocks (`metaopt_tasks.blocks.block`) -> norm -> head.
 
     Attributes:
         width: of the residual stream; the MLP is four times as wide.
@@ -75,21 +72,13 @@ class TransformerLM(LanguageModel):
         The damped residual branches and the 0.02 are those of GPT-2 (Radford et al. 2019).
         """
         d, damping = self.width, 1 / math.sqrt(2 * self.layers)
-        inner = 8 * d // 3 if self.mlp == "swiglu" else 4 * d
-        columns = 2 * inner if self.mlp == "swiglu" else inner
+        gated = self.mlp == "swiglu"
+        inner = 8 * d // 3 if gated else 4 * d
         params = {"token.embedding": 0.02 * torch.randn(self.classes, d, generator=generator)}
         if self.positions == "learned":
             params["position.embedding"] = 0.02 * torch.randn(self.context, d, generator=generator)
         for i in range(self.layers):
-            params |= norm_params(f"block{i}.norm1", d, self.norm)
-            params |= attention_params(f"block{i}.", d, generator, damping)
-            params |= norm_params(f"block{i}.norm2", d, self.norm)
-            params |= {
-                f"block{i}.fc1.weight": hidden_weight((columns, d), generator, math.sqrt(2)),
-                f"block{i}.fc1.bias": torch.zeros(columns),
-                f"block{i}.fc2.weight": hidden_weight((d, inner), generator, damping),
-                f"block{i}.fc2.bias": torch.zeros(d),
-            }
+            params |= block_params(f"block{i}.", d, inner, generator, math.sqrt(2), damping, self.norm, gated)
         params |= norm_params("norm", d, self.norm)
         if not self.tied:
             params["head.weight"] = output_weight((self.classes, d), generator)
@@ -105,18 +94,15 @@ class TransformerLM(LanguageModel):
         h = F.embedding(tokens, params["token.embedding"])
         if self.positions == "learned":
             h = h + params["position.embedding"][: tokens.shape[1]]
-        mixing = partial(
+        attend = partial(
             attention,
-            params,
             heads=self.heads,
             causal=True,
             scale=math.sqrt(MUP_HEAD_WIDTH) * self.heads / self.width if self.mup else None,
             rotate=rotary(tokens.shape[1], self.width // self.heads, h) if self.positions == "rotary" else None,
         )
         for i in range(self.layers):
-            h = h + mixing(f"block{i}.", norm(params, f"block{i}.norm1", h, self.norm))
-            inner = self._activate(linear(params, f"block{i}.fc1", norm(params, f"block{i}.norm2", h, self.norm)))
-            h = h + linear(params, f"block{i}.fc2", inner)
+            h = block(params, f"block{i}.", h, attend, self._activate, self.norm)
         head = params["token.embedding"] if self.tied else params["head.weight"]
         return F.linear(norm(params, "norm", h, self.norm), head)
 

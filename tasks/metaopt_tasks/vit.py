@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from metaopt.rule import ParamInfo, Params, infer_info
-from metaopt.task import Batch
+from metaopt_tasks.blocks import NORMS, block, block_params
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.classifier import Classifier
 from metaopt_tasks.data.load import classes_of, load
 from metaopt_tasks.layers import (
     ACTIVATIONS,
     attention,
-    attention_params,
     hidden_weight,
     linear,
     norm,
     norm_params,
     output_weight,
-    require_choice,
 )
-from metaopt_tasks.scales import CrossEntropyTask
 
 POOLS = ("mean", "class")
-TOKEN_NORMS = ("layer", "rms")
 
 
 def patches(x: Tensor, patch: int) -> Tensor:
@@ -53,7 +51,7 @@ def token_shape(example: tuple[int, ...], patch: int) -> tuple[int, int]:
 
 
 @dataclass(eq=False)
-class ViT(CrossEntropyTask):
+class ViT(Classifier):
     """A vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) with pre-norm blocks and learned positions.
 
     Inputs are images [B, C, H, W] or series [B, C, T].
@@ -79,7 +77,7 @@ class ViT(CrossEntropyTask):
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, ACTIVATIONS)
-        require_choice("norm", self.norm, TOKEN_NORMS)
+        require_choice("norm", self.norm, NORMS)
         require_choice("pool", self.pool, POOLS)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
@@ -89,7 +87,7 @@ class ViT(CrossEntropyTask):
         """LeCun normal matrices (scaled for the activation in front of it, residual branches / sqrt(2 layers), as GPT-2's),
         embeddings of standard deviation 0.02, a small head, zero biases."""
         tokens, numbers = token_shape(tuple(self.train.tensors["input"].shape[1:]), self.patch)
-        d, inner, damping = self.width, self.mlp_ratio * self.width, 1 / math.sqrt(2 * self.layers)
+        d, gain, damping = self.width, ACTIVATIONS[self.activation][1], 1 / math.sqrt(2 * self.layers)
         params = {
             "patch.weight": hidden_weight((d, numbers), generator),
             "patch.bias": torch.zeros(d),
@@ -98,15 +96,7 @@ class ViT(CrossEntropyTask):
         if self.pool == "class":
             params["class.embedding"] = 0.02 * torch.randn(1, d, generator=generator)
         for i in range(1, self.layers + 1):
-            params |= norm_params(f"block{i}.norm1", d, self.norm)
-            params |= attention_params(f"block{i}.", d, generator, damping)
-            params |= norm_params(f"block{i}.norm2", d, self.norm)
-            params |= {
-                f"block{i}.fc1.weight": hidden_weight((inner, d), generator, ACTIVATIONS[self.activation][1]),
-                f"block{i}.fc1.bias": torch.zeros(inner),
-                f"block{i}.fc2.weight": hidden_weight((d, inner), generator, damping),
-                f"block{i}.fc2.bias": torch.zeros(d),
-            }
+            params |= block_params(f"block{i}.", d, self.mlp_ratio * d, generator, gain, damping, self.norm)
         return params | norm_params("norm", d, self.norm) | {
             "head.weight": output_weight((self.classes, d), generator),
             "head.bias": torch.zeros(self.classes),
@@ -114,20 +104,14 @@ class ViT(CrossEntropyTask):
 
     def logits(self, params: Params, inputs: Tensor) -> Tensor:
         """Inputs [B, C, H, W] or [B, C, T] -> logits [B, classes]."""
-        act = ACTIVATIONS[self.activation][0]
+        act, attend = ACTIVATIONS[self.activation][0], partial(attention, heads=self.heads)
         h = linear(params, "patch", patches(inputs, self.patch)) + params["position.embedding"]
         if self.pool == "class":
             h = torch.cat([params["class.embedding"].expand(len(h), 1, self.width), h], 1)
         for i in range(1, self.layers + 1):
-            h = h + attention(params, f"block{i}.", norm(params, f"block{i}.norm1", h, self.norm), self.heads)
-            inner = act(linear(params, f"block{i}.fc1", norm(params, f"block{i}.norm2", h, self.norm)))
-            h = h + linear(params, f"block{i}.fc2", inner)
+            h = block(params, f"block{i}.", h, attend, act, self.norm)
         h = norm(params, "norm", h, self.norm)
         return linear(params, "head", h[:, 0] if self.pool == "class" else h.mean(1))
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Mean cross-entropy of ``input`` [B, C, ...] and ``label`` [B]."""
-        return F.cross_entropy(self.logits(params, batch["input"]), batch["label"])
 
     def info(self) -> dict[str, ParamInfo]:
         """The patch map is the input, the head the output; positions and the class token are embeddings."""

@@ -214,3 +214,14 @@ def test_a_rule_without_learning_rate_is_refused() -> None:
 
     with pytest.raises(ValueError, match="has no lr"):
         MuP(Fixed())
+
+
+@torch.no_grad()
+def test_a_clip_inside_may_differ_per_copy() -> None:
+    task = mlp_classifier(hidden=(8,))
+    rule = MuP(Chain(ClipByGlobalNorm(1.0), SGD(lr=0.1)), base=4, like="sgd")
+    begin = start(task, rule, [0, 0])
+    losses, _ = unroll(task, rule, begin, 3, hp={"max_norm": torch.tensor([1.0, 0.01])})
+    alone, _ = unroll(task, rule, start(task, rule, [0]), 3)
+    torch.testing.assert_close(losses[0], alone[0])
+    assert not torch.equal(losses[0], losses[1])

@@ -65,6 +65,12 @@ def test_the_archive_resumes_and_survives_a_round_trip(tmp_path: Path) -> None:
     assert kept.losses[-1] is not None and kept.losses[-1] < 0.3 < float(kept.losses[0] or 0)
 
 
+def test_an_unknown_task_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(registry.RegistryError, match="digits_mpl"):
+        build(["digits_mlp", "digits_mpl"], tmp_path / "adamw.jsonl", progress=False)
+    assert not (tmp_path / "adamw.jsonl").exists()
+
+
 def test_the_curve_is_what_training_at_the_tuned_rate_gives() -> None:
     task = registry.create("task", "quadratic_20")
     found = measure(task, "quadratic_20", AdamW(), "adamw")

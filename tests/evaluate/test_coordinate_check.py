@@ -55,6 +55,16 @@ def test_layer_outputs_are_those_that_forward_hooks_of_a_module_see() -> None:
         torch.testing.assert_close(output, seen[name])
 
 
+def test_a_weight_that_is_handed_over_by_name_is_seen() -> None:
+    class Named(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, weight=self.weight, bias=self.bias)
+
+    data = torch.ones(4, 2), torch.ones(4, 3)
+    task = Task.from_module(lambda: Named(2, 3), nn.functional.mse_loss, {"train": data}, batch_size=4)
+    assert list(layer_outputs(task, task.init(Generator().manual_seed(0)), task.train.tensors)) == ["weight"]
+
+
 def test_first_change_of_a_linear_models_logits_is_the_gradient_step_by_hand() -> None:
     task = mlp_classifier(hidden=(), batch_size=2000)  # its probe is the whole training set, in order
     found = coordinate_check(lambda _: task, SGD(lr=0.5), (1, 2), steps=1, seeds=[3])

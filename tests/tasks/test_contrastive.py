@@ -64,6 +64,13 @@ def test_an_embedding_that_ignores_its_input_normalizes_to_one(criterion: str) -
     assert float(task.normalize(task.loss(silent, batch))) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("criterion", ["infonce", "vicreg", "barlow"])
+def test_a_chunk_of_one_example_has_a_finite_loss(criterion: str) -> None:
+    task = contrastive(criterion=criterion)
+    batch = task.valid.take(torch.tensor([0])) | {"random": torch.tensor(1)}
+    assert bool(torch.isfinite(task.loss(task.init(Generator().manual_seed(0)), batch)))
+
+
 def test_barlow_twins_of_copies_of_one_coordinate_cost_one() -> None:
     same = torch.randn(64, 1, generator=Generator().manual_seed(0)).expand(64, 7)
     assert float(barlow_twins(same, same)) == pytest.approx(1, abs=1e-3)

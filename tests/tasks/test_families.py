@@ -15,6 +15,7 @@ from metaopt import registry, tree
 from metaopt.random import sample_indices, step_keys
 from metaopt.rule import ROLES, Params
 from metaopt.task import Batch, Task, TaskFamily
+from metaopt.unroll import Carry, start, unroll
 from metaopt_tasks.game import Game
 
 COPIES = 3
@@ -102,6 +103,23 @@ def test_judged_loss_is_a_finite_scalar_that_vmaps(task: Task) -> None:
         torch.testing.assert_close(losses[k], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_judged_loss_is_a_mean_over_examples(task: Task) -> None:
+    """Or the loss of a split would depend on how it is cut into chunks; the last chunk may hold a single example."""
+    split = task.valid
+    if not split.tensors:
+        pytest.skip("judged without data")
+    params, buffers = task.init(generator(0)), task.buffers()
+
+    def judged(indices: Tensor) -> Tensor:
+        drawn = {"random": torch.tensor(3)} if task.stochastic else {}
+        return task.loss(params, split.take(indices) | drawn | buffers)
+
+    assert bool(torch.isfinite(judged(torch.tensor([0]))))
+    if not task.stochastic:  # else the draws differ between chunks
+        parts = (5 * judged(torch.arange(5)) + judged(torch.tensor([5]))) / 6
+        torch.testing.assert_close(judged(torch.arange(6)), parts, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 def test_normalized_losses_are_finite_and_bounded(task: Task, bad: float) -> None:
     normalized = float(task.normalize(torch.tensor(bad)))
@@ -134,6 +152,18 @@ def test_two_builds_of_one_name_are_the_same_task(task: Task) -> None:
         torch.testing.assert_close(mine.tensors, theirs.tensors, rtol=0, atol=0)
     seeds = torch.tensor([2**40, -3])
     torch.testing.assert_close(batches(task, seeds, 4), batches(again, seeds, 4), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_an_antithetic_pair_sees_the_same_losses_and_a_resumed_run_goes_on_to_the_bit(task: Task) -> None:
+    rule = registry.create("optimizer", "adamw", lr=1e-3)
+    begin = start(task, rule, torch.tensor([11, 11, -4]))
+    whole, end = unroll(task, rule, begin, 3, backend="eager")
+    assert torch.equal(whole[0], whole[1]), "runs of one seed draw the same batches and the same noise"
+    first, middle = unroll(task, rule, begin, 1, backend="eager")
+    second, again = unroll(task, rule, Carry.from_tree(middle.tree()), 2, backend="eager")
+    assert torch.equal(whole, torch.cat([first, second], 1))
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(end.tree()), tree.leaves(again.tree()), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

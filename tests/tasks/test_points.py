@@ -19,7 +19,7 @@ def test_equals_torch_modules_with_the_same_weights(pool: str) -> None:
         layer.load_state_dict({"weight": params[f"{name}.weight"], "bias": params[f"{name}.bias"]})
     h = point(x)
     expected = cloud(h.mean(1) if pool == "mean" else h.max(1).values)
-    torch.testing.assert_close(task.predict(params, x), expected)
+    torch.testing.assert_close(task.logits(params, x), expected)
     loss = task.loss(params, {"input": x, "label": task.valid.tensors["label"][:10]})
     torch.testing.assert_close(loss, nn.functional.cross_entropy(expected, task.valid.tensors["label"][:10]))
 
@@ -28,7 +28,7 @@ def test_equals_torch_modules_with_the_same_weights(pool: str) -> None:
 def test_order_of_points_does_not_matter(pool: str) -> None:
     task = point_cloud(pool=pool)
     params, x = task.init(Generator().manual_seed(0)), task.valid.tensors["input"][:10]
-    torch.testing.assert_close(task.predict(params, x), task.predict(params, x.flip(1)))
+    torch.testing.assert_close(task.logits(params, x), task.logits(params, x.flip(1)))
 
 
 @pytest.mark.parametrize(("kind", "points", "dim"), [("outlines", 24, 2), ("surfaces", 32, 3), ("curves", 32, 3)])

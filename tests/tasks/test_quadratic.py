@@ -1,6 +1,7 @@
 """Quadratic bowls of several spectra and shapes, and those over matrices."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_noise_over_a_matrix_has_the_asked_size_and_spares_evaluation() -> None:
     added = grad(task.loss)(params, {"noise": noise[:4]})["weight"] - grad(task.loss)(params, {})["weight"]
     torch.testing.assert_close(added, noise[:4].mean(0), atol=1e-3, rtol=1e-3)
     assert not task.valid.tensors and not task.test.tensors
+
+
+@pytest.mark.parametrize("make", [quadratic, kronecker_quadratic])
+def test_float64_parameters_take_float32_numbers(make: Callable[..., Quadratic]) -> None:
+    task = make(noise=1.0, batch_size=4)
+    params = {name: p.double() for name, p in task.init(generator(0)).items()}
+    assert task.loss(params, task.train.take(torch.arange(4))).dtype == torch.float64
 
 
 def test_members_over_matrices_stack() -> None:

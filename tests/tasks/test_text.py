@@ -67,5 +67,5 @@ def test_windows_cover_every_position_once_in_evaluation_and_overlap_in_training
 def test_errors_name_the_value_and_the_remedy() -> None:
     with pytest.raises(ValueError, match="less than the split's 5 tokens, got 8"):
         TextWindows({"tokens": torch.arange(5)}, 8)
-    with pytest.raises(ValueError, match="level must be chars or bytes, got 'words'"):
+    with pytest.raises(ValueError, match="level must be one of chars, bytes, got 'words'"):
         pydoc_text(level="words")

@@ -15,8 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.data.draws import normal, uniform
 from metaopt_tasks.data.load import moved, split_rows, standardized
-from metaopt_tasks.layers import require_choice
 
 SIZE, NOISE = 2000, 0.05
 
@@ -36,16 +37,16 @@ def _clouds(kind: str) -> dict[str, Split]:
     label = torch.arange(SIZE) % len(shapes)
 
     def draws() -> Tensor:
-        return torch.rand(SIZE, points, generator=generator, dtype=torch.float64)
+        return uniform(generator, SIZE, points)
 
     u, v, w = draws(), draws(), draws()
     made = torch.stack([torch.stack(shape((u, v, w)), -1) for shape in shapes])  # [classes, SIZE, points, d]
     cloud = made[label, torch.arange(SIZE)]
     dim = cloud.shape[-1]
-    q, r = torch.linalg.qr(torch.randn(SIZE, dim, dim, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(normal(generator, SIZE, dim, dim))
     turn = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # uniform over turns and mirrorings (Mezzadri 2007)
-    scale = 0.8 + 0.4 * torch.rand(SIZE, 1, 1, generator=generator, dtype=torch.float64)
-    noise = torch.randn(cloud.shape, generator=generator, dtype=torch.float64)
+    scale = 0.8 + 0.4 * uniform(generator, SIZE, 1, 1)
+    noise = normal(generator, *cloud.shape)
     return standardized(split_rows({"input": scale * cloud @ turn + NOISE * noise, "label": label}, label), "input")
 
 

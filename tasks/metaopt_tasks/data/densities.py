@@ -14,8 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.data.draws import normal, uniform
 from metaopt_tasks.data.load import load, moved, split_rows, standardized
-from metaopt_tasks.layers import require_choice
 
 SIZE = 8000
 
@@ -55,14 +56,6 @@ def entropy(points: Tensor, neighbours: int = 5) -> float:
     return float(digamma(size) - digamma(neighbours) + log_ball + dim * distance.log().mean())
 
 
-def _uniform(size: int, generator: Generator) -> Tensor:
-    return torch.rand(size, generator=generator, dtype=torch.float64)
-
-
-def _normal(size: int, generator: Generator) -> Tensor:
-    return torch.randn(size, 2, generator=generator, dtype=torch.float64)
-
-
 def _choice(size: int, choices: int, generator: Generator) -> Tensor:
     return torch.randint(choices, (size,), generator=generator)
 
@@ -73,21 +66,21 @@ def _polar(radius: Tensor, angle: Tensor) -> Tensor:
 
 def _moons(size: int, generator: Generator) -> Tensor:
     """Two interleaved half circles."""
-    angle, lower = math.pi * _uniform(size, generator), _choice(size, 2, generator)[:, None]
+    angle, lower = math.pi * uniform(generator, size), _choice(size, 2, generator)[:, None]
     upper = _polar(torch.ones(size), angle)
     centre = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    return torch.where(lower == 1, centre - upper, upper) + 0.08 * _normal(size, generator)
+    return torch.where(lower == 1, centre - upper, upper) + 0.08 * normal(generator, size, 2)
 
 
 def _rings(size: int, generator: Generator) -> Tensor:
     """Three concentric circles, each as likely."""
     radius = 1.0 + _choice(size, 3, generator).double()
-    return _polar(radius, 2 * math.pi * _uniform(size, generator)) + 0.1 * _normal(size, generator)
+    return _polar(radius, 2 * math.pi * uniform(generator, size)) + 0.1 * normal(generator, size, 2)
 
 
 def _pinwheel(size: int, generator: Generator) -> Tensor:
     """Five Gaussian blades, twisted by exp(radius) / 4 (after Johnson et al. 2016, arXiv:1603.06277)."""
-    along, across = (_normal(size, generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])).unbind(-1)
+    along, across = (normal(generator, size, 2) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])).unbind(-1)
     turn = 2 * math.pi * _choice(size, 5, generator) / 5 + 0.25 * along.exp()
     return torch.stack([along * turn.cos() - across * turn.sin(), along * turn.sin() + across * turn.cos()], -1)
 
@@ -95,25 +88,25 @@ def _pinwheel(size: int, generator: Generator) -> Tensor:
 def _eight_gaussians(size: int, generator: Generator) -> Tensor:
     """Eight Gaussians of standard deviation 0.2 on a circle of radius 2."""
     angle = _choice(size, 8, generator).double() * (math.pi / 4)
-    return _polar(torch.full((size,), 2.0), angle) + 0.2 * _normal(size, generator)
+    return _polar(torch.full((size,), 2.0), angle) + 0.2 * normal(generator, size, 2)
 
 
 def _spiral(size: int, generator: Generator) -> Tensor:
     """Two arms of an Archimedean spiral, one turn and a half each."""
-    angle, arm = 3 * math.pi * _uniform(size, generator).sqrt(), _choice(size, 2, generator)
-    return _polar(angle / 3, angle + math.pi * arm) + 0.1 * _normal(size, generator)
+    angle, arm = 3 * math.pi * uniform(generator, size).sqrt(), _choice(size, 2, generator)
+    return _polar(angle / 3, angle + math.pi * arm) + 0.1 * normal(generator, size, 2)
 
 
 def _checkerboard(size: int, generator: Generator) -> Tensor:
     """Uniform on the eight dark squares of a 4 by 4 board."""
-    x, row = 4 * _uniform(size, generator), 2 * _choice(size, 2, generator)
-    return torch.stack([x, _uniform(size, generator) + row + x.floor() % 2], -1)
+    x, row = 4 * uniform(generator, size), 2 * _choice(size, 2, generator)
+    return torch.stack([x, uniform(generator, size) + row + x.floor() % 2], -1)
 
 
 def _swiss_roll(size: int, generator: Generator) -> Tensor:
     """One arm from 1.5 pi to 4.5 pi of r = angle."""
-    angle = 1.5 * math.pi * (1 + 2 * _uniform(size, generator))
-    return _polar(angle / 5, angle) + 0.1 * _normal(size, generator)
+    angle = 1.5 * math.pi * (1 + 2 * uniform(generator, size))
+    return _polar(angle / 5, angle) + 0.1 * normal(generator, size, 2)
 
 
 SHAPES: dict[str, Callable[[int, Generator], Tensor]] = {

@@ -11,8 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.data.draws import uniform
 from metaopt_tasks.data.load import load, moved
-from metaopt_tasks.layers import require_choice
 
 
 def _sine(x: Tensor, phase: Tensor) -> Tensor:
@@ -81,9 +82,9 @@ def _curve_episodes(curve: str, shots: int, queries: int, seed: int) -> dict[str
     generator = Generator().manual_seed(seed)
     parts = {}
     for part, size in _SIZES.items():
-        amplitude = 0.1 + 4.9 * torch.rand(size, 1, 1, generator=generator, dtype=torch.float64)
-        phase = math.pi * torch.rand(size, 1, 1, generator=generator, dtype=torch.float64)
-        x = 10 * torch.rand(size, shots + queries, 1, generator=generator, dtype=torch.float64) - 5
+        amplitude = 0.1 + 4.9 * uniform(generator, size, 1, 1)
+        phase = math.pi * uniform(generator, size, 1, 1)
+        x = 10 * uniform(generator, size, shots + queries, 1) - 5
         y = amplitude * CURVES[curve](x, phase) / math.sqrt((5**3 - 0.1**3) / (3 * 4.9))
         x = x * math.sqrt(3) / 5
         pieces = (*x.split([shots, queries], 1), *y.split([shots, queries], 1))

@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.load import moved
-from metaopt_tasks.layers import require_choice
 
 TRAIN_POINTS, JUDGED_POINTS = 2048, 512
 

@@ -17,8 +17,9 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from metaopt.task import Split
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.data.draws import normal, uniform
 from metaopt_tasks.data.load import TRAIN_SHARE, VALID_SHARE, moved, split_rows, standardized
-from metaopt_tasks.layers import require_choice
 
 TEXTURES = ("brick.png", "grass.png", "gravel.png", "coins.png", "camera.png", "clock_motion.png")
 HELD_OUT_TEXTURES = ("cell.png", "text.png", "ihc.png", "hubble_deep_field.jpg", "retina.jpg")
@@ -137,14 +138,14 @@ def _drawings(shape: str, size: int, generator: Generator) -> Tensor:
     """Images [_DRAWINGS, 1, size, size], float64."""
 
     def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(_DRAWINGS, 1, 1, generator=generator, dtype=torch.float64)
+        return low + (high - low) * uniform(generator, _DRAWINGS, 1, 1)
 
     x0, y0, radius, angle = between(-0.3, 0.3), between(-0.3, 0.3), between(0.45, 0.75), between(0, 2 * math.pi)
     ticks = (torch.arange(_GRID * size, dtype=torch.float64) + 0.5) * (2 / (_GRID * size)) - 1
     x, y = (ticks[None, None, :] - x0) / radius, (ticks[None, :, None] - y0) / radius
     u, v = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
     covered = F.avg_pool2d(_inside(shape, u, v).double()[:, None], _GRID)
-    noise = torch.randn(covered.shape, generator=generator, dtype=torch.float64)
+    noise = normal(generator, *covered.shape)
     return between(0.5, 1.0)[..., None] * covered + 0.1 * noise
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.data.draws import normal, uniform
 from metaopt_tasks.data.load import moved, standardized
 
 _TEMPLATES = (
@@ -66,25 +67,25 @@ def _examples(curves: Tensor, generator: Generator) -> Tensor:
     """One noisy signal [N, 40] for each curve [N, 12]."""
     from scipy.ndimage import gaussian_filter1d
 
-    def uniform() -> Tensor:
-        return torch.rand(len(curves), 1, generator=generator, dtype=torch.float64)
+    def share() -> Tensor:
+        return uniform(generator, len(curves), 1)
 
     def noise() -> Tensor:
-        return torch.randn(len(curves), _LENGTH, generator=generator, dtype=torch.float64)
+        return normal(generator, len(curves), _LENGTH)
 
     low, high = _PADDING
-    padding = low + (uniform() * (high - low + 1)).floor()
+    padding = low + (share() * (high - low + 1)).floor()
     # zeros are appended, and the whole is stretched to one length
     place = torch.linspace(0, 1, _LENGTH, dtype=torch.float64) * (11 + padding)
     signal = _interpolate(torch.cat([curves, curves.new_zeros(len(curves), high)], 1), place)
-    signal = signal * (1 + _SCALE * (uniform() - 0.5))
-    shift = (uniform() * _SHIFT).long()
+    signal = signal * (1 + _SCALE * (share() - 0.5))
+    shift = (share() * _SHIFT).long()
     source = (torch.arange(_LENGTH) - shift) % _LENGTH
     signal, drawn = signal.gather(1, source), (place < 12).gather(1, source)
     # signals that are no curve are smooth noise, and all get a little white noise
     smooth = torch.from_numpy(gaussian_filter1d((_CORRELATED_NOISE * noise()).numpy(), _SMOOTHING, axis=1))
     signal = torch.where(drawn, signal, smooth) + _NOISE * noise()
-    signal = signal - _SHEAR * (uniform() - 0.5) * torch.linspace(-0.5, 0.5, _LENGTH, dtype=torch.float64)
+    signal = signal - _SHEAR * (share() - 0.5) * torch.linspace(-0.5, 0.5, _LENGTH, dtype=torch.float64)
     last = torch.linspace(0, _LENGTH - 1, _FINAL_LENGTH, dtype=torch.float64)
     return _interpolate(signal, last.expand(len(signal), -1))
 

@@ -10,8 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.choices import require_choice
+from metaopt_tasks.data.draws import categorical, normal, uniform
 from metaopt_tasks.data.load import moved, split_rows
-from metaopt_tasks.layers import require_choice
 
 KINDS = ("clean", "noisy", "shuffled")
 REWARDS = ("linear", "curved")
@@ -59,29 +60,26 @@ def preferences(
 def _preferences(features: int, actions: int, kind: str, reward: str, examples: int, seed: int) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
     width = 4 * features
-    inner, outer = normal(features, width) / math.sqrt(features), normal(width, actions) / math.sqrt(width)
-    direct = normal(features, actions) / math.sqrt(features)
+    inner = normal(generator, features, width) / math.sqrt(features)
+    outer = normal(generator, width, actions) / math.sqrt(width)
+    direct = normal(generator, features, actions) / math.sqrt(features)
 
     def score(x: Tensor) -> Tensor:
         return x @ direct if reward == "linear" else 2 * torch.sin(2 * x @ inner) @ outer
 
-    questions = normal(_DEMONSTRATIONS, features)
-    uniform = torch.rand(_DEMONSTRATIONS, actions, generator=generator, dtype=torch.float64).clamp_min(1e-12)
-    shown = (score(questions) - (-uniform.log()).log()).argmax(1)  # Gumbel noise: a draw from softmax(score)
+    questions = normal(generator, _DEMONSTRATIONS, features)
+    shown = categorical(generator, score(questions))
     weight = _softmax_regression(questions, shown, actions)
 
-    x = normal(examples, features)
+    x = normal(generator, examples, features)
     other = x.roll(1, 0) if kind == "shuffled" else x
     one = torch.randint(actions, (examples,), generator=generator)
     step = torch.randint(1, actions, (examples,), generator=generator)
     two = (one + step) % actions  # never the same answer twice
     first = score(x).gather(1, one[:, None]).squeeze(1) > score(other).gather(1, two[:, None]).squeeze(1)
     if kind == "noisy":
-        first = first ^ (torch.rand(examples, generator=generator, dtype=torch.float64) < FLIPS)
+        first = first ^ (uniform(generator, examples) < FLIPS)
     preferred = torch.where(first[:, None], x, other)
     beaten = torch.where(first[:, None], other, x)
     shortfall = score(preferred) - score(preferred).amax(1, keepdim=True)

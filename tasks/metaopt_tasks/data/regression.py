@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from metaopt.task import Split
+from metaopt_tasks.data.draws import categorical, normal, uniform
 from metaopt_tasks.data.load import moved, split_rows, standardized
 
 
@@ -47,7 +48,7 @@ def sparse_weights(features: int, informative: int, seed: int = 0) -> Tensor:
     """The truth of `sparse_regression`, float64 [features]: magnitudes in [0.5, 1.5] and random signs, elsewhere 0."""
     generator = Generator().manual_seed(seed)
     chosen = torch.randperm(features, generator=generator)[:informative]
-    sizes = 0.5 + torch.rand(informative, generator=generator, dtype=torch.float64)
+    sizes = 0.5 + uniform(generator, informative)
     signs = torch.randint(2, (informative,), generator=generator) * 2 - 1
     return torch.zeros(features, dtype=torch.float64).index_put((chosen,), sizes * signs)
 
@@ -57,7 +58,7 @@ def _sparse_regression(
     rows: int, features: int, informative: int, noise: float, correlation: float, seed: int
 ) -> dict[str, Split]:
     generator = Generator().manual_seed(seed + 1)
-    fresh = torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    fresh = normal(generator, rows, features)
     columns = [fresh[:, 0]]
     for i in range(1, features):  # an autoregressive process over the columns
         columns.append(correlation * columns[-1] + math.sqrt(1 - correlation**2) * fresh[:, i])
@@ -91,7 +92,7 @@ def _ill_conditioned_regression(
 ) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
     hidden, inputs = _ill_conditioned(rows, features, condition, generator)
-    clean = hidden @ torch.randn(features, generator=generator, dtype=torch.float64)
+    clean = hidden @ normal(generator, features)
     return _table(inputs, clean, noise, generator)
 
 
@@ -106,21 +107,20 @@ def ill_conditioned_classes(
 def _ill_conditioned_classes(rows: int, features: int, condition: float, classes: int, seed: int) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
     hidden, inputs = _ill_conditioned(rows, features, condition, generator)
-    logits = hidden @ torch.randn(features, classes, generator=generator, dtype=torch.float64)
-    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
-    label = (logits - (-uniform.log()).log()).argmax(1)  # Gumbel noise: a draw from the softmax
+    logits = hidden @ normal(generator, features, classes)
+    label = categorical(generator, logits)
     return standardized(split_rows({"input": inputs, "label": label}, label), "input", per_feature=True)
 
 
 def _ill_conditioned(rows: int, features: int, condition: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """Independent standard normal columns, and the same stretched and rotated; float64 [rows, features] each."""
-    hidden = torch.randn(rows, features, generator=generator, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))
+    hidden = normal(generator, rows, features)
+    turn, _ = torch.linalg.qr(normal(generator, features, features))
     spread = condition ** (0.5 * torch.linspace(0, 1, features, dtype=torch.float64))
     return hidden, (hidden * spread) @ turn
 
 
 def _table(inputs: Tensor, clean: Tensor, noise: float, generator: Generator) -> dict[str, Split]:
-    noisy = clean + noise * clean.std() * torch.randn(len(clean), generator=generator, dtype=torch.float64)
+    noisy = clean + noise * clean.std() * normal(generator, len(clean))
     data = split_rows({"input": inputs, "target": noisy[:, None]})
     return standardized(standardized(data, "input", per_feature=True), "target", per_feature=True)

@@ -7,9 +7,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from metaopt.task import Split
+from metaopt_tasks.data.draws import normal, uniform
 from metaopt_tasks.data.load import moved, split_rows, standardized
 
 
@@ -96,17 +97,13 @@ def _require_multiple(size: int, classes: int) -> None:
         raise ValueError(f"size must be a multiple of the {classes} classes, got {size}")
 
 
-def _normal(generator: Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 @cache
 def _mixtures(dims: int, classes: int, components: int, separation: float, size: int, seed: int) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
     groups = classes * components
-    means = _normal(generator, groups, 1, dims) * separation / math.sqrt(dims)
-    factors = _normal(generator, groups, dims, dims) / math.sqrt(dims)
-    points = means + _normal(generator, groups, size // groups, dims) @ factors
+    means = normal(generator, groups, 1, dims) * separation / math.sqrt(dims)
+    factors = normal(generator, groups, dims, dims) / math.sqrt(dims)
+    points = means + normal(generator, groups, size // groups, dims) @ factors
     label = torch.arange(classes).repeat_interleave(components * (size // groups))
     return standardized(
         split_rows({"input": points.reshape(size, dims), "label": label}, label), "input", per_feature=True
@@ -117,21 +114,21 @@ def _mixtures(dims: int, classes: int, components: int, separation: float, size:
 def _curves(kind: str, classes: int, noise: float, size: int, seed: int) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
     label = torch.arange(classes).repeat_interleave(size // classes)
-    share = torch.rand(size, generator=generator, dtype=torch.float64)
+    share = uniform(generator, size)
     if kind == "spirals":
         radius, angle = 0.2 + 1.8 * share, 2 * math.pi * (share + label / classes)
     else:
         radius, angle = 2 * (label + 1.0) / classes, 2 * math.pi * share
-    points = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + noise * _normal(generator, size, 2)
+    points = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + noise * normal(generator, size, 2)
     return standardized(split_rows({"input": points, "label": label}, label), "input", per_feature=True)
 
 
 @cache
 def _teacher(dims: int, width: int, outputs: int, noise: float, size: int, seed: int) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
-    inputs = _normal(generator, size, dims)
-    hidden = torch.tanh(inputs @ (2 * _normal(generator, dims, width) / math.sqrt(dims)) + _normal(generator, width))
-    clean = hidden @ _normal(generator, width, outputs)
-    target = clean + noise * clean.std(0) * _normal(generator, size, outputs)
+    inputs = normal(generator, size, dims)
+    hidden = torch.tanh(inputs @ (2 * normal(generator, dims, width) / math.sqrt(dims)) + normal(generator, width))
+    clean = hidden @ normal(generator, width, outputs)
+    target = clean + noise * clean.std(0) * normal(generator, size, outputs)
     data = split_rows({"input": inputs, "target": target})
     return standardized(standardized(data, "input", per_feature=True), "target", per_feature=True)

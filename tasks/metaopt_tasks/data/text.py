@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from metaopt.task import Batch, Split
+from metaopt_tasks.choices import require_choice
 
 VOCABULARY_SIZE = 64
 BYTES = 256
+LEVELS = ("chars", "bytes")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _TRAIN_SHARE, _VALID_SHARE = 0.90, 0.05
 
@@ -98,8 +100,7 @@ def python_source(device: Any = "cpu", context: int = 32, level: str = "bytes") 
 
 
 def _windows(source: str, device: Any, context: int, level: str) -> dict[str, Split]:
-    if level not in ("chars", "bytes"):
-        raise ValueError(f"level must be chars or bytes, got {level!r}")
+    require_choice("level", level, LEVELS)
     size = VOCABULARY_SIZE if level == "chars" else BYTES
     tokens = (_encoded(source)[1] if level == "chars" else _bytes(source)).to(device)
     ends = [round(_TRAIN_SHARE * len(tokens)), round((_TRAIN_SHARE + _VALID_SHARE) * len(tokens))]
