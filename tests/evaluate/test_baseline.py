@@ -92,7 +92,7 @@ def test_summary_is_the_mean_over_tasks_and_seeds() -> None:
 
 
 def test_a_race_on_archived_tasks_says_what_adamw_would_need() -> None:
-    result = race({"adamw": "adamw"}, ["digits_mlp"], seeds=2, grid=3, rounds=0, tune_seeds=1, progress=False)
+    result = race({"adamw": "adamw"}, ["digits_mlp"], seeds=3, grid=7, rounds=1, progress=False)
     found = result.against_adamw["adamw"]
     assert 0.5 < found["speedup"] <= 2 and 0.9 < found["score"] < 1.1
     assert result.protocol["suite_hash"] and result.protocol["asked"] == ["digits_mlp"]
