@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy.optimize import isotonic_regression
 
 from metaopt import registry
 from metaopt.evaluate.course import Course, seed_streams
@@ -64,35 +65,38 @@ class Curve:
     losses: tuple[float | None, ...]
 
     def steps_for(self, loss: float) -> float:
-        """Steps that the baseline needs to reach ``loss``, interpolated on its lower envelope.
+        """Steps that the baseline needs to reach ``loss``, interpolated on its curve, made monotone.
 
         Returns:
             0 for a loss no better than the untrained one (or NaN), ``2 * horizon`` for one that it never reaches.
         """
-        envelope = self._envelope()
-        if math.isnan(loss) or loss >= envelope[0]:
+        curve = self._falling()
+        if math.isnan(loss) or loss >= curve[0]:
             return 0.0
-        if loss < envelope[-1]:
+        if loss < curve[-1]:
             return float(self.steps[-1])
-        i = int(np.argmax(envelope <= loss))  # the first point that is as good; the one before it is worse
-        share = (envelope[i - 1] - loss) / (envelope[i - 1] - envelope[i])
+        i = int(np.argmax(curve <= loss))  # the first point that is as good; the one before it is worse
+        share = (curve[i - 1] - loss) / (curve[i - 1] - curve[i])
         return float(self.steps[i - 1] + share * (self.steps[i] - self.steps[i - 1]))
 
     def score(self, loss: float) -> float:
         """(untrained - loss) / (untrained - tuned baseline at its horizon), in [-1, 2]; NaN counts as -1."""
-        envelope = self._envelope()
-        tuned = float(np.interp(self.horizon, self.steps, envelope))
-        gain = envelope[0] - tuned
+        curve = self._falling()
+        tuned = float(np.interp(self.horizon, self.steps, curve))
+        gain = curve[0] - tuned
         if math.isnan(loss) or not gain > 0:
-            return -1.0 if math.isnan(loss) or loss > envelope[0] else 1.0
-        return float(np.clip((envelope[0] - loss) / gain, -1.0, 2.0))
+            return -1.0 if math.isnan(loss) or loss > curve[0] else 1.0
+        return float(np.clip((curve[0] - loss) / gain, -1.0, 2.0))
 
-    def _envelope(self) -> np.ndarray:
-        """The best loss so far, from a finite start: a loss that is not finite is no better than the worst that is."""
+    def _falling(self) -> np.ndarray:
+        """The non-increasing curve nearest to the losses (a running minimum would be biased by their noise).
+
+        A loss that is not finite counts as the untrained one, and so does one above that.
+        """
         losses = np.array([math.nan if value is None else value for value in self.losses], dtype=float)
-        losses = np.where(np.isfinite(losses), losses, np.inf)
-        start = losses[0] if np.isfinite(losses[0]) else np.max(losses[np.isfinite(losses)], initial=0.0)
-        return np.minimum.accumulate(np.minimum(losses, start))
+        finite = losses[np.isfinite(losses)]
+        start = losses[0] if np.isfinite(losses[0]) else np.max(finite, initial=0.0)
+        return isotonic_regression(np.minimum(np.where(np.isfinite(losses), losses, np.inf), start), increasing=False).x
 
 
 def measure(task: Task, name: str, rule: UpdateRule, rule_name: str, device: Any = "cpu", seed: int = 0) -> Curve:
