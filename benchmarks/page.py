@@ -40,6 +40,18 @@ data = registry.create("data_source", "textures16")  # {{"train": Split, "valid"
 mine = registry.create("task", "mlp_classifier", ranges={{"data": ["my_file.py:my_data"], "hidden": [[64], [64, 64]]}})
 ```
 
+A data source of your own is a function, given as `file.py:function` wherever a task takes `data` (and as a value of
+`--set-task data=...`):
+
+```python
+# my_file.py
+from metaopt_tasks.data.adapters import from_dataset
+
+
+def my_data():
+    return from_dataset(MyTorchDataset())  # cut into train, valid and test 70 : 15 : 15
+```
+
 ## Suites
 
 | suite | tasks | content hash | for |

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -75,6 +77,18 @@ class ModuleTask(Task):
         copies = {name: buffer.clone() for name, buffer in buffers.items()}  # the module may change them in place
         loss, updated = self._run(self._training, params, copies, batch)
         return loss, {name: buffer.detach() for name, buffer in updated.items()}
+
+    @cached_property
+    def _fresh_loss(self) -> float:
+        """The judged loss of the module as built, on at most 256 training examples."""
+        batch = self.train.take(torch.arange(min(256, len(self.train)), device=self.device))
+        return float(self.loss({name: p.detach() for name, p in self._judging.named_parameters()}, batch))
+
+    def normalize(self, loss: Tensor) -> Tensor:
+        """The loss over that of a fresh module, in [-1.5, 1.5]: 1 is untrained; NaN counts as 1.5."""
+        scale = abs(self._fresh_loss)
+        scale = scale if math.isfinite(scale) and scale > 0 else 1.0
+        return torch.nan_to_num(loss / scale, nan=1.5).clamp(-1.5, 1.5)
 
     def info(self) -> dict[str, ParamInfo]:
         """As `Task.info`, with ``roles``."""

@@ -62,6 +62,18 @@ def refuse_held_out(names: Iterable[str], purpose: str) -> None:
             )
 
 
+def refuse_held_out_data(sources: Iterable[Any], purpose: str) -> None:
+    """Raise ``ValueError`` if a data source is one that only tasks of the held-out suite use."""
+    specs = registry.specs("task").values()
+    held = {s for spec in specs if spec.facts.get("suite") == HELD_OUT for s in spec.facts.get("data", "").split(", ")}
+    for source in sources:
+        if source and source in held:
+            raise ValueError(
+                f"data source {source!r} is held out for the suite {HELD_OUT!r}, so it cannot be used for {purpose}; "
+                f"choose another (metaopt list data-sources)"
+            )
+
+
 def content_hash(task: Task) -> str:
     """Twelve hex digits that change when a task's data, architecture or settings do.
 

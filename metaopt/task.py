@@ -28,7 +28,7 @@ FLOPS_THAT_FILL_A_CPU, PARAMETERS_THAT_FILL_A_CACHE = 2e7, 5e4
 class Split:
     """Examples that live on the device: named tensors [N, ...] of one length; empty for tasks without data."""
 
-    tensors: Batch = field(default_factory=dict)
+    tensors: Batch = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {name: len(tensor) for name, tensor in self.tensors.items()}
@@ -71,7 +71,7 @@ class Task(ABC):
     test: Split
     batch_size: int = 64
     horizon: int = 200
-    config: Batch = field(default_factory=dict)
+    config: Batch = field(default_factory=dict, repr=False)
 
     @abstractmethod
     def init(self, generator: Generator) -> Params:
@@ -163,7 +163,7 @@ class Task(ABC):
             module: maps a batch of inputs to predictions. Give a function that builds it (``lambda: MyModel(width=64)``)
                 if its constructor sets initial values of its own; a finished module is re-initialised layer by layer,
                 with each layer's defaults.
-            loss: ``loss(prediction, target) -> scalar``.
+            loss: ``loss(prediction, target) -> scalar``; normalised by that of a fresh module.
             data: ``{"train": (inputs, targets), "valid": ..., "test": ...}``; missing splits fall back to train.
             roles: parameter name -> role (see `ParamInfo`), where the names do not tell.
             name: how reports call it.

@@ -412,3 +412,14 @@ def test_a_role_for_no_parameter_is_refused() -> None:
         Task.from_module(
             Branching, F.mse_loss, {"train": (numbers(20, 3), numbers(20, 1))}, roles={"lniear.weight": "output"}
         )
+
+
+def test_losses_are_normalised_by_a_fresh_modules_and_stay_finite() -> None:
+    task = images()
+    fresh = task.loss(
+        {name: p for name, p in task._judging.named_parameters()}, task.train.take(torch.arange(len(task.train)))
+    )
+    assert float(task.normalize(fresh.detach())) == pytest.approx(1.0, rel=0.05)
+    assert float(task.normalize(torch.tensor(0.0))) == 0
+    for bad in (math.nan, math.inf, 1e30):
+        assert float(task.normalize(torch.tensor(bad))) == 1.5

@@ -125,6 +125,9 @@ def build(names: Sequence[str], path: Path, *, rule: str = "adamw", device: Any 
     for name in names:
         registry.get("task", name)  # an unknown one is an error now and not after hours
     archive = dict(read(path)) if path.is_file() else {}
+    others = {curve.rule for curve in archive.values()} - {rule}
+    if others:
+        raise ValueError(f"{path} holds curves of {min(others)}, not of {rule}; give each rule an archive of its own")
     optimizer = registry.create("optimizer", rule)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
@@ -133,7 +136,7 @@ def build(names: Sequence[str], path: Path, *, rule: str = "adamw", device: Any 
             bar.update(line, description=name)
             task = registry.create("task", name, device=device)
             known = archive.get(name)
-            if known is None or known.content != content_hash(task) or known.rule != rule:
+            if known is None or known.content != content_hash(task):
                 archive[name] = measure(task, name, optimizer, rule, device)
                 write(archive, path)
             bar.advance(line)

@@ -113,7 +113,7 @@ def _require_same_data(family: str, name: str, ours: Split, theirs: Split) -> No
     if not same:
         raise ValueError(
             f"members of family {family!r} have different {name} data, so they do not run as one batch; "
-            f"put what varies into config, or race sampled tasks"
+            f"race named members (metaopt list tasks) or members that you sampled"
         )
 
 

@@ -26,6 +26,7 @@ from metaopt.evaluate.statistics import Estimate
 from metaopt.files import write_atomic
 
 FORMAT = 1
+TASKS_ON_A_PAGE = 3
 
 
 def save(result: RaceResult, directory: str | os.PathLike[str]) -> dict[str, Path]:
@@ -37,7 +38,7 @@ def save(result: RaceResult, directory: str | os.PathLike[str]) -> dict[str, Pat
     folder = Path(directory)
     text = json.dumps(as_json(result), indent=1, allow_nan=False, sort_keys=True)
     page = Console(file=io.StringIO(), width=32 + 30 * (len(result.tasks) + 1))
-    page.print(table(result))
+    page.print(table(result, every_task=True))
     return {
         "json": write_atomic(folder / "race.json", _NUMBERS.sub(_on_one_line, text) + "\n"),
         "curves": write_atomic(folder / "curves.png", figure_png(result)),
@@ -77,11 +78,13 @@ def as_json(result: RaceResult) -> dict[str, Any]:
     }
 
 
-def table(result: RaceResult) -> Table:
-    """One row per contender, best first."""
+def table(result: RaceResult, every_task: bool = False) -> Table:
+    """One row per contender, best first; more tasks than a page is wide are left to the files, unless ``every_task``."""
+    tasks = result.tasks if every_task or len(result.tasks) <= TASKS_ON_A_PAGE else []
     seeds, tuning_runs = result.protocol["seeds"], result.protocol["tuning_runs"]
     grid = Table(
-        title="Race: test loss after training, interquartile mean [95 % interval]",
+        title="Race: test loss after training, interquartile mean [95 % interval]"
+        + ("" if tasks else f", over {len(result.tasks)} tasks"),
         caption=(
             f"{seeds} seeds per task, {tuning_runs} tuning runs per contender and task; ★ best; "
             "score: normalised, over all tasks, lower is better; ! learning rate at an end of the search"
@@ -93,13 +96,13 @@ def table(result: RaceResult) -> Table:
         ),
         caption_justify="left",
         title_justify="left",
-        show_lines=len(result.tasks) > 1,
+        show_lines=len(tasks) > 1,
     )
     grid.add_column("contender", no_wrap=True)
     grid.add_column("score", justify="right")
     if result.against_adamw:
         grid.add_column("speedup", justify="right")
-    for task in result.tasks:
+    for task in tasks:
         grid.add_column(task, justify="right")
     grid.add_column("diverged", justify="right")
     total = seeds * len(result.tasks)
@@ -109,7 +112,7 @@ def table(result: RaceResult) -> Table:
             Text(name, style="bold" if place == 0 else ""),
             _cell(result.aggregate[name], place == 0),
             *([f"{result.against_adamw[name]['speedup']:.2f}"] if result.against_adamw else []),
-            *(_task_cell(result.entries[name][task], _wins(result, name, task)) for task in result.tasks),
+            *(_task_cell(result.entries[name][task], _wins(result, name, task)) for task in tasks),
             Text(f"{failed} of {total}", style="bold red" if failed else "dim"),
         )
     return grid

@@ -23,7 +23,7 @@ from metaopt.learned import LearnedRule, Theta
 from metaopt.meta.estimator import GradientEstimator
 from metaopt.meta.inner import TrainingRuns
 from metaopt.resolve import THETA_FILE, save_theta
-from metaopt.suite import refuse_held_out
+from metaopt.suite import refuse_held_out, refuse_held_out_data
 from metaopt.task import Task, TaskFamily
 from metaopt.torch_optimizer import optimizer
 
@@ -72,7 +72,10 @@ class MetaTrainConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.outer_lr > 0:
             raise ValueError(f"outer_lr must be above 0, got {self.outer_lr}; a usual value is 1e-3")
+        if self.task.startswith("suite:"):
+            raise ValueError(f"meta-training takes one task or one family, got {self.task!r}; see metaopt list tasks")
         refuse_held_out([self.task], "meta-training")
+        refuse_held_out_data([self.task_options.get("data")], "meta-training")
         if self.horizon is not None and self.horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {self.horizon}; it counts inner steps")
 
@@ -114,8 +117,8 @@ def meta_train(config: MetaTrainConfig, directory: Path | str, *, progress: bool
         KeyboardInterrupt: after the checkpoint of an interrupted run was written.
     """
     directory = Path(directory)
+    run = _Run(config)  # first: a config that cannot run shall not claim the directory
     _claim(directory, config)
-    run = _Run(config)
     metrics: list[dict[str, Any]] = []
     if (directory / CHECKPOINT_FILE).exists():
         run.load(directory / CHECKPOINT_FILE)

@@ -60,6 +60,8 @@ def test_the_archive_resumes_and_survives_a_round_trip(tmp_path: Path) -> None:
     first = path.read_text()
     build(["digits_mlp"], path, progress=False)
     assert path.read_text() == first
+    with pytest.raises(ValueError, match="holds curves of adamw, not of lion"):
+        build(["digits_mlp"], path, rule="lion", progress=False)
     kept = read(path)["digits_mlp"]
     assert kept.steps[-1] == LONGER * kept.horizon == 400 and kept.horizon in kept.steps
     assert kept.losses[-1] is not None and kept.losses[-1] < 0.3 < float(kept.losses[0] or 0)

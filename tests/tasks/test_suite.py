@@ -83,6 +83,28 @@ def test_a_search_cannot_use_a_held_out_task() -> None:
         MetaTrainConfig(task=members(HELD_OUT)[0])
 
 
+def test_a_search_cannot_use_held_out_data_by_another_tasks_name_nor_a_whole_suite() -> None:
+    with pytest.raises(ValueError, match="data source 'breast_cancer' is held out"):
+        MetaTrainConfig(task="digits_mlp", task_options={"data": "breast_cancer"})
+    with pytest.raises(ValueError, match="one task or one family, got 'suite:fast'"):
+        MetaTrainConfig(task="suite:fast")
+    MetaTrainConfig(task="digits_mlp", task_options={"data": "wine"})
+
+
+def test_a_data_function_of_the_users_own_need_not_know_of_devices(tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from metaopt_tasks.data.adapters import from_dataset\n"
+        "def blobs():\n"
+        "    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))\n"
+        "    return from_dataset(torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()))\n"
+    )
+    task = registry.create("task", "mlp_classifier", ranges={"data": [f"{tmp_path}/mine.py:blobs"], "hidden": [[4]]})
+    member = task.sample(torch.Generator().manual_seed(0))
+    assert member.outputs == 2 and len(member.train) == 42
+    assert "tensor" not in repr(member), "a task prints as what it is, not as its data"
+
+
 def test_suites_expand_by_name_and_unknown_ones_are_refused() -> None:
     assert listed(["digits_mlp", "suite:fast"]) == ["digits_mlp", *members("fast")]
     with pytest.raises(ValueError, match=r"no suite is called 'tset'; there are fast, large, test, train, valid"):

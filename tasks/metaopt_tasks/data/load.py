@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,8 +16,14 @@ TRAIN_SHARE, VALID_SHARE = 0.70, 0.15
 
 
 def load(source: str, device: Any = "cpu", **arguments: Any) -> dict[str, Split]:
-    """``{"train": Split, "valid": Split, "test": Split}`` of the registered data source, or ``file.py:function``."""
-    return registry.create("data_source", source, device=device, **arguments)
+    """``{"train": Split, "valid": Split, "test": Split}`` of a registered data source or of ``file.py:function``.
+
+    A function of the user's own need not take ``device``: what it gives is moved there.
+    """
+    takes = inspect.signature(registry.load("data_source", source)).parameters
+    if "device" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return registry.create("data_source", source, device=device, **arguments)
+    return moved(registry.create("data_source", source, **arguments), device)
 
 
 def classes_of(data: dict[str, Split]) -> int:
