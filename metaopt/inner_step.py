@@ -143,7 +143,9 @@ def gradients(loss: Callable[..., Any], params: Params, *rest: Any) -> tuple[Ten
         leaves = tree.map_tree(lambda p: p.detach().requires_grad_(), params)
         value, buffers = loss(leaves, *rest)
         found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return value.detach(), dict(zip(leaves, found, strict=True)), tree.detach(buffers)
+    # autograd may hand over transposed gradients, at which everything later would walk across memory
+    grads = {name: grad.contiguous() for name, grad in zip(leaves, found, strict=True)}
+    return value.detach(), grads, tree.detach(buffers)
 
 
 def _coefficients(rule: ElementwiseRule, scalars: dict[str, Any], step: Tensor) -> dict[str, Any]:
