@@ -99,15 +99,6 @@ class MuP(UpdateRule):
     def factors(self, info: Mapping[str, ParamInfo]) -> dict[str, float]:
         """What each parameter's lr is multiplied by; see the class."""
         shapes = {} if isinstance(self.base, int) else dict(self.base)
-        if (
-            not shapes
-            and len(info) > 1
-            and not any(own.role in ("input", "output", "embedding") for own in info.values())
-        ):
-            raise ValueError(
-                f"base={self.base} goes by roles, but no parameter is an input, output or embedding; give roles, or a narrower "
-                f"model's parameters as base"
-            )
         found = {}
         for name, own in info.items():
             n, m = self._of_number(self.base, own) if not shapes else self._of_shape(shapes.get(name), name, own)

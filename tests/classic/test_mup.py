@@ -225,12 +225,3 @@ def test_a_clip_inside_may_differ_per_copy() -> None:
     alone, _ = unroll(task, rule, start(task, rule, [0]), 3)
     torch.testing.assert_close(losses[0], alone[0])
     assert not torch.equal(losses[0], losses[1])
-
-
-def test_a_number_as_base_is_refused_where_no_parameter_has_a_role_to_go_by() -> None:
-    task = metaopt.Task.from_module(
-        lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), nn.functional.mse_loss,
-        {"train": (torch.zeros(4, 3), torch.zeros(4, 2))},
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="base=64 goes by roles, but no parameter is an input, output or embedding"):
-        MuP(AdamW(), base=64).factors(task.info())
