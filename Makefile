@@ -32,6 +32,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/mup.py
+	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/page.py
 
 clean:

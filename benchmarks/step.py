@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 
 import metaopt
-from metaopt.program.cpp import compiler
+from metaopt.program.build import compiler
 
 
 def mlp_1m() -> list[tuple[int, ...]]:

@@ -136,7 +136,7 @@ def compiled(step: InnerStep) -> Advance:
             return graphs[layout](*arguments)
 
     def step_all(theta: Theta, hp: dict[str, Any], params: Params, state: State, *rest: Any) -> Any:
-        if not torch.is_grad_enabled() and step.fused(params, state) is not None:
+        if not torch.is_grad_enabled() and step.can_fuse(params, state):
             buffers, batch, *_ = rest
             loss, grads, new_buffers = call(step.pure_gradients, params, buffers, batch)
             return step.finish(loss, grads, new_buffers, theta, hp, params, state, *rest)

@@ -1,4 +1,4 @@
-"""The engine's own plugin: unroll back-ends, the torch exporter and the two losses that every suite needs."""
+"""The engine's own plugin: unroll back-ends, episode lengths, curricula, the torch exporter, and two losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,34 @@ def metaopt_unroll_backends() -> list[Spec]:
         Spec("eager", "metaopt.backends:eager", "all copies under vmap, op by op"),
         Spec("loop", "metaopt.backends:loop", "one copy after the other, without vmap"),
         Spec("compile", "metaopt.backends:compiled", "torch.compile of the vectorised step"),
+    ]
+
+
+@hookimpl
+def metaopt_truncations() -> list[Spec]:
+    """Lengths of episodes."""
+    where = "metaopt.meta.truncation"
+    return [
+        Spec("constant", f"{where}:Constant", "every episode as long"),
+        Spec("log_uniform", f"{where}:LogUniform", "between two lengths", paper="Metz et al., 2022, arXiv:2211.09760"),
+        Spec(
+            "growing", f"{where}:Growing", "log-uniform; longer ones later", paper="Metz et al., 2019, arXiv:1810.10180"
+        ),
+    ]
+
+
+@hookimpl
+def metaopt_curricula() -> list[Spec]:
+    """Choices of tasks."""
+    where = "metaopt.meta.curriculum"
+    return [
+        Spec("uniform", f"{where}:Uniform", "every task alike"),
+        Spec(
+            "regret",
+            f"{where}:Regret",
+            "tasks where tuned AdamW is better first",
+            paper="Jackson et al., 2023, arXiv:2310.02782",
+        ),
     ]
 
 

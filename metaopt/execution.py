@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -10,11 +11,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaopt.learned import BoundRule
+from metaopt.perparameter.in_place import step_in_place
+from metaopt.perparameter.rule import PerParameterRule
 from metaopt.program.cpp import CppStep, compile_cpp
 from metaopt.program.inplace import compile_in_place
 from metaopt.program.program import Program
 from metaopt.rule import (
     Context,
+    ElementwiseRule,
     GradientTransform,
     HyperValues,
     ParamInfo,
@@ -26,6 +31,7 @@ from metaopt.rule import (
     flat_hp,
     infer_info,
 )
+from metaopt.tree import map_tree
 
 Execution = Literal["auto", "cpp", "foreach", "loop", "plain"]
 EXECUTIONS: tuple[Execution, ...] = ("auto", "cpp", "foreach", "loop", "plain")
@@ -56,6 +62,16 @@ class Work(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+
+    def of(self, names: Container[str]) -> Work:
+        """What of it concerns these parameters."""
+        own = [i for i, name in enumerate(self.names) if name in names]
+        return self._replace(
+            names=[self.names[i] for i in own],
+            params=[self.params[i] for i in own],
+            grads=[self.grads[i] for i in own],
+            states=[self.states[i] for i in own],
+        )
 
 
 # --- elementwise rules, in place --------------------------------------------------------------------------------------
@@ -139,6 +155,53 @@ def _plain(params: Iterable[Tensor]) -> bool:
     return {*map(type, params)} <= {Tensor, nn.Parameter}
 
 
+# --- learned rules with a per-parameter network, in place -------------------------------------------------------------
+
+
+class NetworkExecutor:
+    """In-place steps of a learned rule with a per-parameter network.
+
+    Args:
+        rule: binds a `PerParameterRule`.
+        execution: "cpp": C++ where it can be had; "auto": the same where the tensors earn back its build; "foreach" and
+            "loop": chunk by chunk in plain torch, as is whatever C++ cannot reach.
+    """
+
+    def __init__(self, rule: BoundRule, execution: Execution) -> None:
+        assert isinstance(rule.learned, PerParameterRule)
+        self.rule, self.learned, self.execution = rule, rule.learned, execution
+        self._other: Executor | None = None
+
+    def step(self, work: Sequence[Work], foreign: set[str], loss: Any, horizon: int | None) -> None:
+        """Step every parameter of ``work``; ``foreign`` are slots that are not the rule's."""
+        tree = Tree.of(work, loss, horizon)
+        if not _plain(tree.params.values()):  # what chunks need of a sharded tensor is not on this process
+            step_plain(self.rule, tree, foreign, None)
+            count_step(work)
+            return
+        params = {name: p.detach() for name, p in tree.params.items()}
+        mine, rest = self.learned.shares(params, tree.ctx.info)
+        if mine:
+            elements = sum(map(Tensor.numel, mine.values()))
+            cpp = self.execution == "cpp" or (self.execution == "auto" and elements >= _CPP_MIN_ELEMENTS)
+            device = next(iter(mine.values())).device
+            theta = {name: value.to(device) for name, value in self.rule.theta.items()}
+            step_in_place(self.learned, theta, tree.grads, tree.state, mine, tree.hp, tree.ctx, cpp=cpp)
+            count_step([one.of(mine) for one in work])
+        if rest:
+            self._step_rest([one.of(rest) for one in work], foreign)
+
+    def _step_rest(self, work: Sequence[Work], foreign: set[str]) -> None:
+        other = self.learned.other
+        if isinstance(other, ElementwiseRule):
+            self._other = self._other or Executor(other.program, self.execution)
+            for one in work:
+                self._other.step(one)
+        else:
+            step_plain(other, Tree.of([one for one in work if one.names], None, None), foreign, None)
+            count_step(work)
+
+
 # --- any rule, as it is written ---------------------------------------------------------------------------------------
 
 
@@ -147,12 +210,11 @@ class Tree(NamedTuple):
 
     Attributes:
         params: the parameters themselves.
-        wide: their values in the dtype to compute in.
-        grads, state, hp, ctx: what `UpdateRule.update` takes; the state shares its tensors with the work.
+        grads: in whatever dtype.
+        state, hp, ctx: what `UpdateRule.update` takes; the state shares its tensors with the work.
     """
 
     params: Params
-    wide: Params
     grads: Params
     state: State
     hp: HyperValues
@@ -162,7 +224,7 @@ class Tree(NamedTuple):
     def of(cls, work: Sequence[Work], loss: Any, horizon: int | None) -> Tree:
         """The tree over all of ``work``."""
         clock: dict[tuple[int, torch.device], Tensor] = {}
-        tree = cls({}, {}, {}, {}, {}, Context({}))
+        tree = cls({}, {}, {}, {}, Context({}))
         by_param, infos = {}, {}
         for one in work:
             for name, p, grad, slots in zip(one.names, one.params, one.grads, one.states, strict=True):
@@ -170,16 +232,21 @@ class Tree(NamedTuple):
                 if now not in clock:
                     clock[now] = torch.full((), slots["step"], dtype=torch.int64, device=p.device)
                 tree.params[name], by_param[name] = p, one.hp
-                tree.wide[name] = p.detach().to(compute_dtype(p.dtype))
-                tree.grads[name] = grad.detach().to(compute_dtype(p.dtype))
+                tree.grads[name] = grad.detach()
                 tree.state[name] = {**slots, "step": clock[now]}
                 infos[name] = _info(name, p.shape, one.group.get("role"))
         # a shared count lets elementwise rules inside wrappers run as one flat tensor, which pays for small ones
-        small = sum(map(Tensor.numel, tree.wide.values())) <= _SMALL_MEAN_ELEMENTS * len(tree.wide)
+        small = sum(map(Tensor.numel, tree.params.values())) <= _SMALL_MEAN_ELEMENTS * len(tree.params)
         step = next(iter(clock.values())) if small and len(clock) == 1 and _plain(tree.params.values()) else None
         at = None if loss is None else torch.as_tensor(loss).detach()
         hp = PerParameter(by_param) if len(work) > 1 else work[0].hp
         return tree._replace(hp=hp, ctx=Context(infos, step, at, horizon))
+
+    def wide(self) -> tuple[Params, Params]:
+        """Parameters and gradients in the dtype to compute in."""
+        dtypes = {name: compute_dtype(p.dtype) for name, p in self.params.items()}
+        params = {name: p.detach().to(dtypes[name]) for name, p in self.params.items()}
+        return params, {name: grad.to(dtypes[name]) for name, grad in self.grads.items()}
 
 
 def fresh_state(rule: UpdateRule, params: Params, role: str | None) -> State:
@@ -196,7 +263,8 @@ def fresh_state(rule: UpdateRule, params: Params, role: str | None) -> State:
 def transformed(transform: GradientTransform, work: Sequence[Work], horizon: int | None) -> tuple[list[Work], set[str]]:
     """``work`` with the gradients that ``transform`` makes of its own, and the names of the transform's slots."""
     tree = Tree.of(work, None, horizon)
-    grads, new_state = transform.transform(tree.grads, tree.state, tree.wide, tree.hp, tree.ctx)
+    params, grads = tree.wide()
+    grads, new_state = transform.transform(grads, tree.state, params, tree.hp, tree.ctx)
     _assign([(tree.state[name][slot], value) for name, slots in new_state.items() for slot, value in slots.items()])
     return [one._replace(grads=[grads[name] for name in one.names]) for one in work], set().union(*new_state.values())
 
@@ -210,15 +278,26 @@ def step_plain(rule: UpdateRule, tree: Tree, without: set[str], closure: Callabl
         without: slots that are not the rule's.
         closure: evaluates the model, for rules that need it elsewhere.
     """
-    params, wide, grads, state, hp, ctx = tree
+    params, _, state, hp, ctx = tree
+    wide, grads = tree.wide()
     if closure is not None:
         grads = {name: grad.clone() for name, grad in grads.items()}  # the closure writes p.grad
         ctx = replace(ctx, closure=_closure_at(params, closure))
     own = {name: {slot: v for slot, v in slots.items() if slot not in without} for name, slots in state.items()}
-    new_params, new_state = rule.update(grads, own, wide, hp, ctx)
+    if isinstance(rule, BoundRule):
+        wide, grads, own = (map_tree(_flattenable, part) for part in (wide, grads, own))
+    with _replicated() if any(map(_is_sharded, params.values())) else nullcontext():
+        new_params, new_state = rule.update(grads, own, wide, hp, ctx)
     moves = [(p, new_params[name]) for name, p in params.items()]
     moves += [(state[n][slot], v) for n, slots in new_state.items() for slot, v in slots.items() if slot != "step"]
     _assign(moves)
+
+
+def count_step(work: Sequence[Work]) -> None:
+    """Every parameter of ``work`` has had one more update."""
+    for one in work:
+        for state in one.states:
+            state["step"] += 1
 
 
 def _closure_at(params: Params, closure: Callable[[], Any]) -> Callable[[Params], tuple[Tensor, Params]]:
@@ -246,12 +325,41 @@ def _assign(moves: Sequence[tuple[Tensor, Tensor]]) -> None:
     old = {_storage(destination) for destination, _ in moves}
     values = [value.clone() if _storage(value) in old else value for _, value in moves]
     for (destination, _), value in zip(moves, values, strict=True):
-        destination.copy_(value)
+        destination.copy_(_placed(value, destination) if _is_sharded(value) else value)
+
+
+def _placed(value: Any, like: Any) -> Tensor:
+    """A DTensor with the placements of ``like``, whole if that is none."""
+    return value.redistribute(like.device_mesh, like.placements) if _is_sharded(like) else value.full_tensor()
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes a second to import."""
+    return hasattr(tensor, "to_local")
+
+
+def _flattenable(tensor: Any) -> Any:
+    """A DTensor that DTensor can reshape: networks walk tensors flat, which it refuses where shards differ in size."""
+    if not _is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    mesh = tensor.device_mesh
+    shards = [(place.dim, mesh.size(i)) for i, place in enumerate(tensor.placements) if place.is_shard()]
+    even = all(tensor.shape[dim] % count == 0 for dim, count in shards)
+    return tensor if even else tensor.redistribute(placements=[Replicate()] * mesh.ndim)
+
+
+def _replicated() -> AbstractContextManager[None]:
+    """What a rule brings along itself (theta, the loss) counts as a DTensor that every process has whole."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
 
 
 def _storage(tensor: Tensor) -> int:
     """What two tensors have in common if one may be a view of the other."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor
+    local = tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return local.untyped_storage()._cdata  # not the address, which meta and empty tensors share
 
 

@@ -74,6 +74,16 @@ def metaopt_estimators() -> list[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def metaopt_truncations() -> list[Spec]:  # type: ignore[empty-body]
+    """Lengths of the episodes of meta-training: factories give a `metaopt.meta.truncation.TruncationSchedule`."""
+
+
+@hookspec
+def metaopt_curricula() -> list[Spec]:  # type: ignore[empty-body]
+    """Choices of the tasks of an outer step: factories give a `metaopt.meta.curriculum.Curriculum`."""
+
+
+@hookspec
 def metaopt_unroll_backends() -> list[Spec]:  # type: ignore[empty-body]
     """Ways to run K inner steps at once: factories take ``step``, an `metaopt.inner_step.InnerStep`."""
 
@@ -84,5 +94,18 @@ def metaopt_proposers() -> list[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def metaopt_importers() -> list[Spec]:  # type: ignore[empty-body]
+    """Readers of meta-parameters that other projects trained, each named like the learned optimizer that it reads.
+
+    Factories take ``path`` and options of the learned optimizer, and give a `metaopt.learned.BoundRule`.
+    """
+
+
+@hookspec
 def metaopt_exporters() -> list[Spec]:  # type: ignore[empty-body]
     """Ways to write a rule as a file that needs only torch: factories give ``write(rule, name, path)``."""
+
+
+@hookspec
+def metaopt_zoo_rules() -> list[Spec]:  # type: ignore[empty-body]
+    """Published rules, used as ``zoo:NAME``: what `metaopt.zoo.entries` gives of a directory of trained weights and cards."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.learned import BoundRule, Theta
+from metaopt.perparameter import PerParameterRule
 from metaopt.program.cpp import CppStep, compile_cpp
 from metaopt.rule import Context, ElementwiseRule, Params, State, UpdateRule, flat_hp
 from metaopt.task import Batch, Task
@@ -80,11 +81,9 @@ class InnerStep:
         buffers: Params, batch: Batch, *time: Tensor,
     ) -> tuple[Tensor, Params, State, Params, Tensor]:  # fmt: skip
         """The rest of a step of all copies after `gradients`."""
-        kernel = self.fused(params, state)
-        if kernel is None:
+        new = self._fused_update(grads, loss, theta, hp, params, state, *time)
+        if new is None:
             new = self._update_all(grads, loss, theta, hp, params, state, buffers, batch, *time)
-        else:
-            new = self._fused_update(kernel, grads, hp, params, state, time[0])
         return with_finite(loss, *new, new_buffers)
 
     def fused(self, params: Params, state: State, in_place: bool = False) -> CppStep | None:
@@ -101,10 +100,24 @@ class InnerStep:
                 return None
         return compile_cpp(rule.program, first.dtype, first.dtype, first.dtype, out_of_place=not in_place)
 
+    def can_fuse(self, params: Params, state: State) -> bool:
+        """Whether all copies can be updated in C++."""
+        if isinstance(self.learned, PerParameterRule):
+            return self.learned.fuses(params, self.info)
+        return self.fused(params, state) is not None
+
     def _fused_update(
-        self, kernel: CppStep, grads: Params, hp: Any, params: Params, state: State, step: Tensor
-    ) -> tuple[Params, State]:
+        self, grads: Params, loss: Tensor, theta: Theta, hp: Any, params: Params, state: State, step: Tensor,
+        horizon: Tensor,
+    ) -> tuple[Params, State] | None:  # fmt: skip
+        """An update in C++, where rule, tensors and machine allow it."""
         rule = self.rule
+        if isinstance(self.learned, PerParameterRule):
+            ctx = Context(self.info, step=step, loss=loss, horizon=horizon)
+            return self.learned.update_copies(theta, grads, state, params, hp, ctx, self.dims[:2])
+        kernel = self.fused(params, state)
+        if kernel is None:
+            return None
         assert isinstance(rule, ElementwiseRule)
         columns = [params, grads, *({name: state[name][slot] for name in params} for slot in rule.slots)]
         coefficients = _coefficients(rule, flat_hp(hp), step)

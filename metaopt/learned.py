@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -83,3 +84,12 @@ def from_vector(vector: Tensor, like: Theta) -> Theta:
         name: piece.reshape(vector.shape[:-1] + value.shape)
         for (name, value), piece in zip(like.items(), pieces, strict=True)
     }
+
+
+def digest(theta: Theta) -> str:
+    """sha256, in hex, of the names, shapes, dtypes and numbers of theta, wherever it lives and in whatever order."""
+    found = hashlib.sha256()
+    for name, value in sorted(theta.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -34,9 +34,13 @@ KINDS: Mapping[str, str] = {
     "data_source": "metaopt_data_sources",
     "objective": "metaopt_objectives",
     "estimator": "metaopt_estimators",
+    "truncation": "metaopt_truncations",
+    "curriculum": "metaopt_curricula",
     "unroll_backend": "metaopt_unroll_backends",
     "proposer": "metaopt_proposers",
+    "importer": "metaopt_importers",
     "exporter": "metaopt_exporters",
+    "zoo_rule": "metaopt_zoo_rules",
 }
 """Kind -> the hook by which plugins offer things of that kind."""
 

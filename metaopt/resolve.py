@@ -1,4 +1,4 @@
-"""What a user may type where a rule is wanted: a name, his own file, or trained meta-parameters."""
+"""What a user may type where a rule is wanted: a name, his own file, trained meta-parameters, or an entry of a zoo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from metaopt import registry
@@ -16,14 +17,16 @@ from metaopt.rule import UpdateRule
 from metaopt.space import Option
 
 THETA_FILE = "theta.safetensors"
+_ZOO = "zoo:"
 
 
 def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
     """The rule that ``reference`` names.
 
     Args:
-        reference: a registered optimizer (``adamw``); ``file.py:Name`` for a rule of the user's own; or meta-parameters
-            written by meta-training: a ``.safetensors`` file, or the directory of the run. A rule is returned as it is.
+        reference: a registered optimizer (``adamw``); ``file.py:Name`` for a rule of the user's own; meta-parameters written
+            by meta-training: a ``.safetensors`` file, or the directory of the run; or ``zoo:NAME``, an entry of an installed
+            zoo (``metaopt zoo list``). A rule is returned as it is.
         **arguments: hyperparameters and options that differ from the defaults.
 
     Raises:
@@ -31,6 +34,9 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
     """
     if isinstance(reference, UpdateRule):
         return reference.replaced(**arguments)
+    if reference.startswith(_ZOO):
+        spec = registry.get("zoo_rule", reference.removeprefix(_ZOO))
+        return _checked(reference, registry.create("zoo_rule", spec.name)).replaced(**arguments)
     path = Path(reference)
     if path.suffix == ".safetensors" or (path / THETA_FILE).is_file():
         return load_theta(path).replaced(**arguments)
@@ -41,7 +47,10 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
         )
     if "/" in reference and ":" not in reference:
         raise ValueError(f"{reference} is no directory of a finished meta-training run: it holds no {THETA_FILE}")
-    rule = registry.create("optimizer", reference, **arguments)
+    return _checked(reference, registry.create("optimizer", reference, **arguments))
+
+
+def _checked(reference: str, rule: Any) -> UpdateRule:
     if not isinstance(rule, UpdateRule):
         raise ValueError(f"{reference!r} gives a {type(rule).__name__}, not an UpdateRule; see metaopt list optimizers")
     return rule
@@ -61,16 +70,48 @@ def load_theta(path: Path | str) -> BoundRule:
     """A learned rule bound to meta-parameters from `save_theta` (a file, or a run directory that holds one).
 
     Raises:
+        ValueError: no such file, not one that `save_theta` wrote, or one that does not fit its learned optimizer.
+    """
+    name, options, theta = read_theta(path)
+    # a file of numbers may name a class to import, and nothing to call that is not a learned rule
+    kind = registry.load("learned_optimizer", name)
+    if ":" in name and not (isinstance(kind, type) and issubclass(kind, LearnedRule)):
+        raise ValueError(f"{path} names {name!r}, which is no learned rule")
+    learned: LearnedRule = registry.create("learned_optimizer", name, **options)
+    wanted = {key: tuple(value.shape) for key, value in learned.init_theta(torch.Generator()).items()}
+    found = {key: tuple(value.shape) for key, value in theta.items()}
+    if found != wanted:
+        odd = min(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        raise ValueError(
+            f"the meta-parameters at {path} do not fit {name}: {odd} is {found.get(odd, 'absent')}, expected "
+            f"{wanted.get(odd, 'none')}; they were written by another version of it"
+        )
+    return learned.bind({key: theta[key] for key in wanted})  # a file keeps them in another order
+
+
+def read_theta(path: Path | str) -> tuple[str, dict[str, Any], Theta]:
+    """Name and options of the learned optimizer, and its meta-parameters, from a file of `save_theta` or its directory.
+
+    Raises:
         ValueError: no such file, or not one that `save_theta` wrote.
     """
     path = Path(path)
     path = path / THETA_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no meta-parameters at {path}; metaopt meta-train writes {THETA_FILE} into its run directory")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        theta = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            theta = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); write it with save_theta") from None
     if "metaopt" not in metadata:
         raise ValueError(f"{path} does not say which learned optimizer it belongs to; write it with save_theta")
     written = json.loads(metadata["metaopt"])
-    return registry.create("learned_optimizer", written["learned_optimizer"], **written["options"]).bind(theta)
+    options = {key: _hashable(value) for key, value in written["options"].items()}
+    return written["learned_optimizer"], options, theta
+
+
+def _hashable(value: Any) -> Any:
+    """JSON knows no tuples, and options are never lists."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -230,7 +230,7 @@ class Declared:
         if not values:
             return self
         new = copy.copy(self)
-        new.__dict__.pop("program", None)  # follows from the options
+        new.__dict__.clear()  # what was cached follows from the options
         own = declarations(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)

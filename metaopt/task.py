@@ -186,8 +186,11 @@ class Task(ABC):
 class TaskFamily(ABC):
     """A distribution over tasks.
 
-    Where all members share data, names and shapes, and differ in ``config`` only, they stack: K of them run as one.
+    Where all members share data, names and shapes, and differ in ``config`` only, they stack: K of them run as one. Such a
+    family says ``stacks = True``.
     """
+
+    stacks: ClassVar[bool] = False
 
     name: str
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from metaopt.execution import EXECUTIONS, Execution, Executor, Tree, Work, fresh_state, step_plain, transformed
+from metaopt.execution import (
+    EXECUTIONS,
+    Execution,
+    Executor,
+    NetworkExecutor,
+    Tree,
+    Work,
+    count_step,
+    fresh_state,
+    step_plain,
+    transformed,
+)
+from metaopt.learned import BoundRule
+from metaopt.perparameter.rule import PerParameterRule
 from metaopt.resolve import resolve_rule
 from metaopt.roles import module_groups
 from metaopt.rule import ROLES, Chain, Declared, ElementwiseRule, GradientTransform, UpdateRule
 from metaopt.space import Hyper, Option, validate_all
+
+LossGroup = Literal["world"] | distributed.ProcessGroup | None
 
 
 def optimizer(
@@ -22,6 +37,7 @@ def optimizer(
     *,
     execution: Execution = "auto",
     horizon: int | None = None,
+    loss_group: LossGroup = "world",
     **hyperparameters: Any,
 ) -> RuleOptimizer:
     """A ``torch.optim.Optimizer`` that runs ``rule``.
@@ -31,17 +47,20 @@ def optimizer(
             optimizers``), ``file.py:Rule``, or a directory or file of trained meta-parameters.
         params: as for torch: tensors, ``model.named_parameters()`` or group dicts (which may set hyperparameters,
             options and ``role``); or a module, from which the roles of parameters (hidden, embedding, ...) are read.
-        execution: how elementwise rules run; "auto" chooses by size and machine.
-        horizon: planned number of steps, for rules that need it.
+        execution: how elementwise rules and per-parameter networks run; "auto" chooses by size and machine.
+        horizon: planned number of steps, for rules that need it; not in the state dict.
+        loss_group: the processes over which the loss is averaged for rules that need it: all ("world"), those of a
+            ``torch.distributed`` group, or None for this process alone.
         **hyperparameters: override the rule's.
 
     Raises:
         ValueError, TypeError: an unknown name, or a hyperparameter outside its domain.
     """
     if not isinstance(rule, str):
-        validate_all(rule.declared(), hyperparameters, type(rule).__name__)
+        validate_all(rule.declared(), hyperparameters, title(rule))
     rule = resolve_rule(rule, **hyperparameters)
-    return RuleOptimizer(rule, module_groups(params) if isinstance(params, nn.Module) else params, execution, horizon)
+    params = module_groups(params) if isinstance(params, nn.Module) else params
+    return RuleOptimizer(rule, params, execution, horizon, loss_group)
 
 
 class _Variant(NamedTuple):
@@ -55,12 +74,12 @@ class _Variant(NamedTuple):
 
     whole: UpdateRule
     inner: UpdateRule
-    executor: Executor | None
+    executor: Executor | NetworkExecutor | None
 
     @property
     def is_direct(self) -> bool:
-        """Whether a step runs the executor and nothing else."""
-        return self.executor is not None and self.inner is self.whole
+        """Whether a step runs an `Executor`, which asks for no names, and nothing else."""
+        return isinstance(self.executor, Executor) and self.inner is self.whole
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -69,18 +88,37 @@ class RuleOptimizer(torch.optim.Optimizer):
     ``state[p]`` holds an int ``step`` and the rule's tensors under the rule's own names. Parameters of bf16 or fp16
     keep float32 state and are rounded once per step. Rules that need a closure (SAM) call it again at other
     parameters, which are restored before the update. Groups whose options differ are stepped apart.
+
+    Attributes:
+        loss: the loss at the current parameters, for rules that need it and training loops that call ``step()``: set it
+            before each step, which forgets it. `step` takes it as an argument, too, or from a closure.
     """
 
     def __init__(
-        self, rule: UpdateRule, params: Iterable[Any], execution: Execution = "auto", horizon: int | None = None
+        self,
+        rule: UpdateRule,
+        params: Iterable[Any],
+        execution: Execution = "auto",
+        horizon: int | None = None,
+        loss_group: LossGroup = "world",
     ) -> None:
         if execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if "horizon" in rule.requirements() and horizon is None:
-            raise ValueError(f"{type(rule).__name__} needs the planned number of steps; pass horizon=...")
+            raise ValueError(f"{title(rule)} needs the planned number of steps; pass horizon=...")
+        if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1):
+            raise ValueError(
+                f"horizon must be an integer of at least 1, got {horizon!r}; it is the planned number of steps"
+            )
+        if not (loss_group is None or loss_group == "world" or isinstance(loss_group, distributed.ProcessGroup)):
+            raise ValueError(
+                f"loss_group must be 'world', a torch.distributed process group or None, got {loss_group!r}"
+            )
         self.rule = rule
         self.execution = execution
         self.horizon = horizon
+        self.loss_group = loss_group
+        self.loss: Any = None
         self._prepare()
         super().__init__(params, rule.values())
 
@@ -111,7 +149,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError("complex parameters are not supported; give torch.view_as_real(p) its own parameter")
 
     def _validated(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        declared, owner = self.rule.declared(), type(self.rule).__name__
+        declared, owner = self.rule.declared(), title(self.rule)
         for key in group.keys() - declared.keys():  # other keys are the user's own, as in torch
             for name in difflib.get_close_matches(key, declared, 1, 0.85):
                 raise TypeError(f"{owner} has no hyperparameter {key!r}; did you mean {name!r}?")
@@ -120,7 +158,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return validate_all(declared, {name: group[name] for name in declared if name in group}, owner)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"rule": self.rule, "execution": self.execution, "horizon": self.horizon}
+        kept = {name: getattr(self, name) for name in ("rule", "execution", "horizon", "loss_group", "loss")}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,37 +198,52 @@ class RuleOptimizer(torch.optim.Optimizer):
         if shapes != given or "step" not in saved:
             missing = "" if "step" in saved else " and no step"
             raise ValueError(
-                f"the saved state of {name!r} is not that of {type(self.rule).__name__}: "
+                f"the saved state of {name!r} is not that of {title(self.rule)}: "
                 f"it holds {given}{missing}, expected {shapes} and a step"
             )
         slots = {slot: torch.empty_like(fresh[slot]).copy_(saved[slot]) for slot in shapes}
         return {"step": int(saved["step"]), **slots}
 
     @overload
-    def step(self, closure: None = None, *, loss: Any = None) -> None: ...
+    def step(self, closure: Tensor | float | None = None, *, loss: Any = None) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], Any], *, loss: Any = None) -> Any: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
+    def step(self, closure: Any = None, *, loss: Any = None) -> Any:
         """One update of every parameter that has a gradient.
 
         Args:
-            closure: re-evaluates the model, calls backward and returns the loss.
-            loss: the loss at the current parameters, for rules that need it and are stepped without a closure.
+            closure: re-evaluates the model, calls backward and returns the loss; or the loss itself.
+            loss: the loss at the current parameters, for rules that need it and are stepped without a closure: a number or
+                a tensor of one element. The attribute ``loss`` may be set instead.
 
         Raises:
             ValueError: the rule needs a closure or a loss and got none, a gradient is sparse, or a hyperparameter was
                 set to a value outside its domain; no parameter is changed then.
+            TypeError: the loss is no number, or was given twice.
         """
+        kept, self.loss = self.loss, None
+        if closure is not None and not callable(closure):
+            if loss is not None:
+                raise TypeError("the loss was given twice; call step(loss)")
+            closure, loss = None, closure
+        if closure is not None and loss is not None:
+            raise TypeError("step takes a closure or a loss, not both; the closure returns the loss")
         if "closure" in self._needed and closure is None:
-            raise ValueError(f"{type(self.rule).__name__} evaluates the loss again; call step(closure)")
+            raise ValueError(f"{title(self.rule)} evaluates the loss again; call step(closure)")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif loss is None:
+            loss = kept
         if "loss" in self._needed and loss is None:
-            raise ValueError(f"{type(self.rule).__name__} needs the loss; call step(closure) or step(loss=loss)")
+            if self._only_asks_for_state():
+                self._work()
+                return None
+            raise ValueError(f"{title(self.rule)} needs the loss; call step(loss) or step(closure)")
+        seen = self._seen(loss)
         work = self._work()
         foreign: set[str] = set()
         rule = self._variant(work[0].group).whole if work else self.rule
@@ -203,8 +256,29 @@ class RuleOptimizer(torch.optim.Optimizer):
         for one in work:
             alike.setdefault(tuple([one.group[name] for name in self._options]), []).append(one)
         for same in alike.values():
-            self._step_alike(same, foreign, closure if "closure" in self._needed else None, loss)
+            self._step_alike(same, foreign, closure if "closure" in self._needed else None, seen)
         return loss if closure is not None else None
+
+    def _only_asks_for_state(self) -> bool:
+        """``torch.distributed.checkpoint`` makes state by a step without loss, at lr = 0 and gradients of zero."""
+        return not self.state and all(_number(group.get("lr", 1.0)) == 0 for group in self.param_groups)
+
+    def _seen(self, loss: Any) -> Tensor | None:
+        """The loss as rules see it, 0-d: of all processes one, since replicas that see different ones drift apart."""
+        needed = "loss" in self._needed
+        number = loss.numel() == 1 if isinstance(loss, Tensor) else hasattr(loss, "__float__")
+        if not number:
+            if needed:
+                raise TypeError(f"the loss must be a number or a tensor of one element, got {_described(loss)}")
+            return None
+        seen = torch.as_tensor(loss).detach().reshape(())
+        if not needed or self.loss_group is None or not (distributed.is_available() and distributed.is_initialized()):
+            return seen
+        group = None if self.loss_group == "world" else self.loss_group
+        # where the parameters are, because NCCL sums only there; not in place: the loss is the user's
+        total = seen.to(self.param_groups[0]["params"][0].device, torch.float64, copy=True)
+        distributed.all_reduce(total, group=group)
+        return total / distributed.get_world_size(group)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -248,21 +322,27 @@ class RuleOptimizer(torch.optim.Optimizer):
             whole = inner = self.rule.replaced(**dict(zip(self._options, values, strict=True)))
             while isinstance(inner, Chain):
                 inner = inner.rule
-            fast = isinstance(inner, ElementwiseRule) and self.execution != "plain"
-            self._variants[values] = _Variant(whole, inner, Executor(inner.program, self.execution) if fast else None)
+            self._variants[values] = _Variant(whole, inner, self._executor(inner))
         return self._variants[values]
+
+    def _executor(self, rule: UpdateRule) -> Executor | NetworkExecutor | None:
+        if self.execution == "plain":
+            return None
+        if isinstance(rule, BoundRule) and isinstance(rule.learned, PerParameterRule):
+            return NetworkExecutor(rule, self.execution)
+        return Executor(rule.program, self.execution) if isinstance(rule, ElementwiseRule) else None
 
     def _step_alike(self, work: list[Work], foreign: set[str], closure: Callable[[], Any] | None, loss: Any) -> None:
         """Step groups that share their options."""
         _, rule, executor = self._variant(work[0].group)
-        if executor is not None:
+        if isinstance(executor, NetworkExecutor):
+            executor.step(work, foreign, loss, self.horizon)
+        elif executor is not None:
             for one in work:
                 executor.step(one)
-            return
-        step_plain(rule, Tree.of(work, loss, self.horizon), foreign, closure)
-        for one in work:
-            for state in one.states:
-                state["step"] += 1
+        else:
+            step_plain(rule, Tree.of(work, loss, self.horizon), foreign, closure)
+            count_step(work)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter under a name of its own."""
@@ -293,6 +373,17 @@ def _shared_options(rule: UpdateRule) -> tuple[str, ...]:
 
 def _has_transform(rule: Declared) -> bool:
     return any(isinstance(part, GradientTransform) or _has_transform(part) for part in rule.parts().values())
+
+
+def title(rule: UpdateRule) -> str:
+    """What error messages call a rule: the name of its class, or of the learned rule's."""
+    while isinstance(rule, Chain):
+        rule = rule.rule
+    return type(rule.learned if isinstance(rule, BoundRule) else rule).__name__
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _number(value: Any) -> Any:

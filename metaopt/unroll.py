@@ -6,6 +6,7 @@ one pure function of one copy, which ``torch.vmap`` runs over all of them; a bac
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -63,14 +64,17 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
         task: what to train.
         rule: with what; a learned rule may be bound to one theta per copy (``stacked``).
         seeds: int64 [K].
-        config: per-copy task configs [K, ...] (`metaopt.task.stack_configs`); default: the task's own for all.
+        config: per-copy task configs [K, ...] (`metaopt.task.stack_configs`); default: the task's own for all. Each copy
+            begins as the member with its config does.
     """
     _refuse_inference_mode()
     seeds = torch.as_tensor(seeds, dtype=torch.int64)
     if seeds.dim() != 1 or not len(seeds):
         raise ValueError(f"seeds must be a non-empty vector of integers, got shape {tuple(seeds.shape)}")
     device = task.device
-    params = tree.stack([task.init(torch.Generator().manual_seed(int(seed))) for seed in hash64(seeds)])
+    members = [task if config is None else _member(task, tree.index(config, k)) for k in range(len(seeds))]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in hash64(seeds)]
+    params = tree.stack([member.init(generator) for member, generator in zip(members, generators, strict=True)])
     params = tree.map_tree(lambda p: p.to(device), params)
     info = task.info()
     _refuse_stacked_parts(rule)
@@ -94,6 +98,12 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
         config=config if config is not None else tree.map_tree(every_copy, dict(task.config)),
         buffers=tree.map_tree(lambda b: every_copy(b).clone(), task.buffers()),
     )
+
+
+def _member(task: Task, config: Batch) -> Task:
+    member = copy.copy(task)
+    member.config = config
+    return member
 
 
 def unroll(

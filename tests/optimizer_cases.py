@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaopt.learned import LearnedRule
 from metaopt.rule import Chain, UpdateRule
 from metaopt.torch_optimizer import RuleOptimizer
 from metaopt_classic.adafactor import Adafactor
@@ -17,10 +18,13 @@ from metaopt_classic.muon import Muon
 from metaopt_classic.sgd import SGD
 from metaopt_classic.wrappers import SAM, Cautious, ClipByGlobalNorm, DecoupledWeightDecay, Lookahead
 from metaopt_learned.adafac_mlp import AdafacMLP
+from metaopt_learned.celo2 import Celo2
+from metaopt_learned.lstm import CoordinateLSTM
+from metaopt_learned.velo import VeLO
 
 
-def learned() -> UpdateRule:
-    rule = AdafacMLP(step_scale=0.1)
+def learned(rule: LearnedRule | None = None) -> UpdateRule:
+    rule = rule or AdafacMLP(step_scale=0.1)
     return rule.bind(rule.init_theta(torch.Generator().manual_seed(0)))
 
 
@@ -38,12 +42,14 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "clipped_muon": lambda: Chain(ClipByGlobalNorm(0.1), Muon(lr=0.01)),
     "lookahead": lambda: Lookahead(AdamW(lr=0.01), k=3),
     "cautious": lambda: Cautious(AdamW(lr=0.01)),
-    "decayed": lambda: DecoupledWeightDecay(learned(), weight_decay=0.1),
+    "decayed": lambda: DecoupledWeightDecay(learned(CoordinateLSTM(hidden=4)), weight_decay=0.1),
     "sam": lambda: SAM(SGD(lr=0.1, momentum=0.9)),
     "learned": learned,
+    "celo2": lambda: learned(Celo2()),
+    "velo": lambda: learned(VeLO(lstm_hidden=8, bank=4, mixing_scale=1.0)),
 }
-OPEN_LOOP = [name for name in RULES if name != "sam"]
-"""The rules that can be stepped without a closure."""
+OPEN_LOOP = [name for name in RULES if name not in ("sam", "velo")]
+"""The rules that can be stepped without a closure and without the loss."""
 
 EXECUTIONS = ("plain", "loop", "foreach", "cpp")
 
@@ -88,9 +94,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
         optimizer.step(lambda step=step: backward(model, step))
 
 
-def make(rule: str | UpdateRule, params: Any, execution: Any = "auto") -> RuleOptimizer:
+def make(rule: str | UpdateRule, params: Any, execution: Any = "auto", **options: Any) -> RuleOptimizer:
     """An optimizer of one of `RULES`, or of the rule itself."""
-    return RuleOptimizer(RULES[rule]() if isinstance(rule, str) else rule, params, execution)
+    return RuleOptimizer(RULES[rule]() if isinstance(rule, str) else rule, params, execution, horizon=100, **options)
 
 
 def flat(model: nn.Module) -> Tensor:

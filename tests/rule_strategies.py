@@ -87,7 +87,8 @@ def _learned(name: str) -> UpdateRule:
 
 
 REGISTERED: dict[str, UpdateRule] = {name: registry.create("optimizer", name) for name in registry.specs("optimizer")}
-LEARNED = {name: _learned(name) for name in registry.specs("learned_optimizer")}
+LEARNED = {"small_fc_lopt": _learned("small_fc_lopt")}
+"""One for all executions of learned rules; what each of them promises is in learned/test_learned_properties.py."""
 USERS: dict[str, UpdateRule] = {"ten_lines": TenLines(), "whole_language": WholeLanguage()}
 UNCOUPLED_WRAPPERS: dict[str, UpdateRule] = {
     "lookahead": Lookahead(AdamW(), k=2),

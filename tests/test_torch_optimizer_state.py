@@ -28,7 +28,7 @@ from metaopt_classic.lion import Lion
 from metaopt_classic.sgd import SGD
 from metaopt_classic.wrappers import Lookahead
 
-DISTRIBUTED = ["sgd", "adamw", "lion", "adafactor", "muon", "clipped", "lookahead", "learned"]
+DISTRIBUTED = ["sgd", "adamw", "lion", "adafactor", "muon", "clipped", "lookahead", "learned", "celo2", "velo"]
 
 
 def started(name: str, steps: int = 5, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, RuleOptimizer]:
@@ -124,7 +124,7 @@ def test_state_dict_hooks_have_their_say() -> None:
 # -- dtypes, layouts, other checkpoints --
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "lookahead"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "lookahead", "learned", "celo2", "velo"])
 def test_state_of_bf16_parameters_stays_float32_through_a_checkpoint(name: str) -> None:
     """torch's own load_state_dict rounds it to bf16: the run goes on, a little worse, and nobody sees why."""
     model, optimizer = started(name, dtype=torch.bfloat16)
@@ -308,7 +308,9 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:Found a non-scalar tensor:UserWarning")  # DTensor, of tensors of one element
 @pytest.mark.parametrize("execution", ["auto", "cpp", "foreach", "loop", "plain"])
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "clipped", "lookahead"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "lion", "adafactor", "muon", "clipped", "lookahead", "learned", "celo2", "velo"]
+)
 def test_sharded_parameters_are_stepped_like_whole_ones(name: str, execution: Any, one_process: None) -> None:
     """FSDP2 makes DTensors of parameters: their data_ptr is not where their elements are."""
     whole, sharded = (net(torch.float32) for _ in range(2))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import typer
 
-from metaopt.cli.commands import baseline, catalogue, demo, export, meta_train, race
+from metaopt.cli.commands import baseline, catalogue, demo, export, import_theta, meta_train, meta_tune, race
+from metaopt.cli.commands.zoo import zoo
 
 app = typer.Typer(
     name="metaopt",
@@ -28,7 +29,10 @@ def _group() -> None:
 app.command("list")(catalogue.list_kind)
 app.command("plugins")(catalogue.list_plugins)
 app.command("meta-train")(meta_train.meta_train)
+app.command("meta-tune")(meta_tune.meta_tune)
 app.command("race")(race.race)
 app.command("baseline")(baseline.baseline)
 app.command("export")(export.export)
+app.command("import-theta")(import_theta.import_theta)
 app.command("demo")(demo.demo)
+app.add_typer(zoo, name="zoo")

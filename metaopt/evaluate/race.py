@@ -39,7 +39,7 @@ from metaopt.evaluate.baseline import baseline_of, summary
 from metaopt.evaluate.course import Course, seed_streams
 from metaopt.evaluate.statistics import Estimate, estimate
 from metaopt.evaluate.tuning import POINTS_PER_ROUND, VALID_EXAMPLES, Tuning, tune_lr
-from metaopt.learned import BoundRule, LearnedRule
+from metaopt.learned import BoundRule, LearnedRule, digest
 from metaopt.resolve import resolve_rule
 from metaopt.rule import UpdateRule
 from metaopt.suite import content_hash, listed, suite_hash
@@ -306,6 +306,7 @@ def _description(rule: UpdateRule) -> dict[str, Any]:
     described: dict[str, Any] = {"rule": type(inner).__name__, "values": rule.values()}
     if isinstance(rule, BoundRule):
         described["meta_parameters"] = sum(math.prod(value.shape) for value in rule.theta.values())
+        described["theta"] = digest(rule.theta)
     return described
 
 

@@ -65,15 +65,15 @@ def as_json(result: RaceResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "protocol": result.protocol,
-        "contenders": _plain(result.contenders),
+        "contenders": plain(result.contenders),
         "tasks": result.tasks,
         "ranking": result.ranking,
-        "aggregate": {name: _plain(dataclasses.asdict(value)) for name, value in result.aggregate.items()},
+        "aggregate": {name: plain(dataclasses.asdict(value)) for name, value in result.aggregate.items()},
         "entries": {
-            name: {task: _plain(dataclasses.asdict(entry)) for task, entry in row.items()}
+            name: {task: plain(dataclasses.asdict(entry)) for task, entry in row.items()}
             for name, row in result.entries.items()
         },
-        "against_adamw": _plain(result.against_adamw),
+        "against_adamw": plain(result.against_adamw),
         "wall_clock": {"seconds": {name: round(value, 3) for name, value in result.seconds.items()}},
     }
 
@@ -144,14 +144,14 @@ def _number(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.4g}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Nested containers of numbers with non-finite ones as None; floats keep 9 digits, what a float32 needs."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     return value if isinstance(value, (int, str)) or value is None else repr(value)

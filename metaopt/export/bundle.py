@@ -129,9 +129,10 @@ class Bundle:
             return
         is_field = any(attribute == f.name for f in fields(kind.cls))
         member = vars(owner)[attribute] if owner else None
-        if owner is not None and not is_field and _function(member) is not None:
+        makes_part = _makes_part(kind.instances[0], member, attribute)
+        if owner is not None and not is_field and _function(member) is not None and not makes_part:
             self._method(kind, owner, attribute)
-        elif any(attribute in vars(rule) for rule in kind.instances):
+        elif makes_part or any(attribute in vars(rule) for rule in kind.instances):
             kind.fields.append(attribute)
             for rule in kind.instances:
                 self._follow(getattr(rule, attribute))
@@ -314,6 +315,16 @@ class Bundle:
 
 def _all_parts(rule: Declared) -> list[Declared]:
     return [rule, *(inner for part in rule.parts().values() for inner in _all_parts(part))]
+
+
+def _makes_part(rule: Declared, member: Any, attribute: str) -> bool:
+    """Whether a property gives a rule, which is then written as a finished object: a file cannot hold what makes rules."""
+    if not isinstance(member, (property, cached_property)):
+        return False
+    try:
+        return isinstance(getattr(rule, attribute), Declared)
+    except TypeError:  # a rule without this part says so when it is asked for it, in the file as well
+        return False
 
 
 def _options(rule: Declared) -> dict[str, Any]:

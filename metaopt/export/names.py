@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_origin
 
 import torch
 
@@ -245,7 +245,7 @@ class Names:
             except (ValueError, SyntaxError):
                 raise ExportError(f"{what} holds {text[:80]}, which cannot be written as source") from None
             return text
-        if callable(value) and getattr(value, "__name__", "").isidentifier():
+        if callable(value) and get_origin(value) is None and getattr(value, "__name__", "").isidentifier():
             return self.name_of(value, value.__name__, value.__module__ or "", what)
         raise ExportError(f"{what} is a {type(value).__name__}, which cannot be written as source")
 
@@ -297,7 +297,9 @@ def _scope(function: Callable[..., Any]) -> Callable[[str], Any]:
 
 def _class_scope(cls: type) -> Callable[[str], Any]:
     module = vars(sys.modules[cls.__module__])
-    scopes = [_scope(member) for member in vars(cls).values() if isinstance(member, FunctionType)]
+    # what NamedTuple and dataclass generate has a module of its own
+    written = [m for m in vars(cls).values() if isinstance(m, FunctionType) and m.__module__ == cls.__module__]
+    scopes = [_scope(member) for member in written]
 
     def lookup(name: str) -> Any:
         return next((value for scope in scopes if (value := scope(name)) is not _MISSING), module.get(name, _MISSING))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaopt.learned import Theta
 from metaopt.meta.inner import InnerProblem
+from metaopt.meta.shard import ALONE, Shard
 from metaopt.random import hash64
 from metaopt.rule import Declared
 
@@ -17,28 +18,80 @@ from metaopt.rule import Declared
 class GradientEstimator(Declared, ABC):
     """Estimates d(mean inner loss) / d(theta), one window at a time.
 
-    The carry between windows is a nested dict of tensors: it is checkpointed with theta, and a resumed run goes on
-    bit for bit. All randomness is a pure function of (seed, window number, copy).
+    The carry between windows is a nested dict of tensors, ``{"seed": 0-d, "windows": 0-d, "copies": {...}}``: below
+    "copies" every leaf has one row per copy of this process (a copy of an antithetic estimator is a pair), so that
+    checkpoints do not depend on the number of processes. All randomness is a pure function of (seed, window number, copy).
+
+    A copy whose loss was not finite in a window is counted, left out of the mean, and starts a new episode with the next.
     """
 
     @abstractmethod
-    def start(self, inner: InnerProblem, theta: Theta, seed: int) -> dict[str, Any]:
+    def start(self, inner: InnerProblem, theta: Theta, seed: int, shard: Shard = ALONE) -> dict[str, Any]:
         """The carry before the first window."""
 
     @abstractmethod
     def estimate(
-        self, inner: InnerProblem, theta: Theta, carry: dict[str, Any]
+        self, inner: InnerProblem, theta: Theta, carry: dict[str, Any], shard: Shard = ALONE
     ) -> tuple[Theta, dict[str, Any], dict[str, float]]:
-        """One window: the meta-gradient (like theta), the new carry, and metrics such as ``meta_loss``."""
+        """One window: the meta-gradient (like theta), the new carry, and metrics.
+
+        The gradient is the mean over the copies of all processes. Metrics hold at least ``meta_loss`` (mean finite loss
+        at theta), ``diverged`` (copies left out) and ``inner_steps`` (steps run, both signs counted), over all processes.
+        """
 
 
-def normal_noise(seed: int, window: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard normal numbers, a pure function of (seed, window), in ``like``'s dtype and device."""
-    key = int(hash64(hash64(torch.tensor(seed)) + window))
-    generator = torch.Generator().manual_seed(key)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+def own_copies(n: int, what: str, shard: Shard) -> Tensor:
+    """Numbers of this process's share of n copies, int64.
+
+    Raises:
+        ValueError: there are more processes than copies; ``what`` is the name of the option that counts them.
+    """
+    if n < shard.world:
+        raise ValueError(
+            f"{what} must be at least the number of processes {shard.world}, got {n}; start fewer processes"
+        )
+    return shard.own(n)
 
 
-def episode_seeds(seed: int, copies: Tensor, episode: Tensor) -> Tensor:
+def copy_noise(seed: int, window: int | Tensor, copies: Tensor, size: int, like: Tensor) -> Tensor:
+    """Standard normal numbers [len(copies), size], row by row a pure function of (seed, window, copy), like ``like``.
+
+    ``window`` is one number, or one per copy.
+    """
+    keys = hash64(hash64(hash64(torch.tensor(seed)) + window) + copies)
+    noise, generator = torch.empty(len(keys), size, dtype=torch.float64), torch.Generator()
+    for row, key in zip(noise, keys.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(key))
+    return noise.to(like)
+
+
+def episode_seeds(seed: int, copies: Tensor, episode: int | Tensor) -> Tensor:
     """One seed per (copy, episode) [N]."""
     return hash64(hash64(hash64(torch.tensor(seed)) + copies) + episode)
+
+
+def mean_of_live(contributions: Tensor, live: Tensor, clip: float, shard: Shard) -> Tensor:
+    """The meta-gradient [D]: the mean over the live copies of all processes; 0 where none is alive.
+
+    Args:
+        contributions: [n, D], of this process's copies; anything in the rows of the others.
+        live: bool [n].
+        clip: a row is scaled down to this norm, which biases the mean towards the many and small; 0 = never.
+        shard: of this process.
+    """
+    rows = torch.where(live.unsqueeze(1), contributions, torch.zeros_like(contributions))
+    if clip:
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows * (clip / norms.clamp(min=clip))
+    total = shard.sum(torch.cat([rows.sum(0), live.sum().reshape(1).to(rows)]))
+    return total[:-1] / total[-1].clamp(min=1)
+
+
+def window_metrics(losses: Tensor, live: Tensor, inner_steps: int) -> dict[str, float]:
+    """The metrics of `GradientEstimator.estimate`, from the losses and live copies of all processes."""
+    finite = losses[torch.isfinite(losses)]
+    return {
+        "meta_loss": float(finite.mean()) if finite.numel() else float("nan"),
+        "diverged": float((~live).sum()),
+        "inner_steps": float(inner_steps),
+    }

@@ -1,258 +1,394 @@
-"""Meta-training: theta <- outer rule(meta-gradient), window after window, with checkpoints that resume bit for bit."""
+"""Meta-training: theta <- outer rule(mean of the tasks' meta-gradients), step after step, with bit-exact checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Generator
+from torch.nn.utils import get_total_norm
 
 from metaopt import registry, tree
 from metaopt.files import write_atomic
 from metaopt.learned import LearnedRule, Theta
+from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
+from metaopt.meta.config import MetaTrainConfig
+from metaopt.meta.curriculum import Curriculum, draw
 from metaopt.meta.estimator import GradientEstimator
-from metaopt.meta.inner import TrainingRuns
-from metaopt.resolve import THETA_FILE, save_theta
-from metaopt.suite import refuse_held_out, refuse_held_out_data
-from metaopt.task import Task, TaskFamily
+from metaopt.meta.evaluation import Evaluation
+from metaopt.meta.run_log import METRICS_FILE, Line, RunLog
+from metaopt.meta.shard import ALONE, Shard
+from metaopt.meta.tasks import MetaTask, labels
+from metaopt.resolve import THETA_FILE, load_theta, save_theta
 from metaopt.torch_optimizer import optimizer
 
-CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE = "checkpoint.pt", "config.json", "metrics.jsonl"
+__all__ = ["CHECKPOINT_FILE", "CONFIG_FILE", "METRICS_FILE", "MetaTrainConfig", "MetaTrainResult", "meta_train"]
 
-
-@dataclass(frozen=True)
-class MetaTrainConfig:
-    """Everything that determines a meta-training run; saved beside its results.
-
-    Attributes:
-        learned, learned_options: the learned optimizer (registered name) and its options.
-        task, task_options: the inner problem.
-        estimator, estimator_options: the meta-gradient.
-        horizon: inner steps of an episode; None = the task's own.
-        outer_steps: updates of theta.
-        outer_rule, outer_lr: the rule that updates theta, and its peak learning rate.
-        warmup: outer steps of linear warm-up; then a cosine down to ``final_lr_ratio`` of the peak.
-        clip_norm: the meta-gradient is scaled down to this norm; 0 = never.
-        seed: determines everything else.
-        device, backend: where and how the inner runs go.
-        checkpoint_every: outer steps between checkpoints.
-    """
-
-    learned: str = "small_fc_lopt"
-    learned_options: dict[str, Any] = field(default_factory=dict)
-    task: str = "digits_mlp"
-    task_options: dict[str, Any] = field(default_factory=dict)
-    estimator: str = "pes"
-    estimator_options: dict[str, Any] = field(default_factory=dict)
-    horizon: int | None = None
-    outer_steps: int = 1000
-    outer_rule: str = "adam"
-    outer_lr: float = 1e-3
-    warmup: int = 20
-    final_lr_ratio: float = 0.1
-    clip_norm: float = 1.0
-    seed: int = 0
-    device: str = "cpu"
-    backend: str = "auto"
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name, low in (("outer_steps", 1), ("warmup", 0), ("checkpoint_every", 1), ("clip_norm", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.outer_lr > 0:
-            raise ValueError(f"outer_lr must be above 0, got {self.outer_lr}; a usual value is 1e-3")
-        if self.task.startswith("suite:"):
-            raise ValueError(f"meta-training takes one task or one family, got {self.task!r}; see metaopt list tasks")
-        refuse_held_out([self.task], "meta-training")
-        refuse_held_out_data([self.task_options.get("data")], "meta-training")
-        if self.horizon is not None and self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {self.horizon}; it counts inner steps")
-
-    def lr_at(self, step: int) -> float:
-        """The outer learning rate of one step: linear warm-up, then cosine."""
-        if step < self.warmup:
-            return self.outer_lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(self.outer_steps - self.warmup, 1)
-        low = self.final_lr_ratio
-        return self.outer_lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+CHECKPOINT_FILE, CONFIG_FILE, LAST_THETA_FILE = "checkpoint.pt", "config.json", "last_theta.safetensors"
 
 
 @dataclass
 class MetaTrainResult:
-    """The trained rule, and where its files are."""
+    """The trained rule, and where its files are.
+
+    Attributes:
+        learned, theta: what the run gives: the best theta where it was evaluated, else the last one (its mean, with EMA).
+        directory: of the run.
+        metrics: one line per outer step.
+        best: score and outer step of the best evaluation, if there was one.
+    """
 
     learned: LearnedRule
     theta: Theta
     directory: Path
-    metrics: list[dict[str, Any]]
+    metrics: list[Line]
+    best: tuple[float, int] | None = None
 
     @property
     def progress(self) -> tuple[float, float]:
         """Mean meta-loss over the first tenth of the outer steps, and over the last."""
-        losses = [line["meta_loss"] for line in self.metrics]
+        losses = [math.nan if line["meta_loss"] is None else line["meta_loss"] for line in self.metrics]
         tenth = max(len(losses) // 10, 1)
-        return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+        first, last = torch.tensor(losses[:tenth]), torch.tensor(losses[-tenth:])
+        return float(first.nanmean()), float(last.nanmean())
+
+    @property
+    def diverged(self) -> dict[str, int]:
+        """Copies left out because they diverged, by task."""
+        total: dict[str, int] = {}
+        for line in self.metrics:
+            for label, count in line["diverged"].items():
+                total[label] = total.get(label, 0) + count
+        return total
+
+    @property
+    def skipped(self) -> int:
+        """Outer steps that changed nothing, because no copy of any task was left."""
+        return sum(line["skipped"] for line in self.metrics)
 
 
-def meta_train(config: MetaTrainConfig, directory: Path | str, *, progress: bool = True) -> MetaTrainResult:
+def meta_train(
+    config: MetaTrainConfig,
+    directory: Path | str,
+    *,
+    progress: bool = True,
+    tensorboard: bool = False,
+    shard: Shard = ALONE,
+    on_evaluation: Callable[[int, float], None] | None = None,
+) -> MetaTrainResult:
     """Meta-train, or go on with what ``directory`` holds.
 
-    Writes ``config.json``, ``metrics.jsonl`` (one line per outer step), ``checkpoint.pt`` and ``theta.safetensors``.
-    A run that was killed continues from its last checkpoint and ends with the same bits as an unbroken one; Ctrl-C
-    writes a checkpoint first.
+    Writes ``config.json``, ``metrics.jsonl`` (one line per outer step), ``checkpoint.pt`` and ``theta.safetensors``; and
+    where that is the best or the mean one, the last theta as ``last_theta.safetensors``. A run that was killed continues
+    from its last checkpoint and ends with the same bits as an unbroken one; Ctrl-C writes a checkpoint first.
+
+    Args:
+        config: what to do.
+        directory: of the run; only the process of rank 0 looks at it.
+        progress: whether to show a live view.
+        tensorboard: whether to write TensorBoard events too, into ``directory/tensorboard``.
+        shard: this process's share of the copies.
+        on_evaluation: is told the outer step and the score after each evaluation; what it raises ends the run.
 
     Raises:
         ValueError: ``directory`` holds a run with another config (names the difference), or an unknown name.
         KeyboardInterrupt: after the checkpoint of an interrupted run was written.
     """
-    directory = Path(directory)
-    run = _Run(config)  # first: a config that cannot run shall not claim the directory
-    _claim(directory, config)
-    metrics: list[dict[str, Any]] = []
-    if (directory / CHECKPOINT_FILE).exists():
-        run.load(directory / CHECKPOINT_FILE)
-        metrics = _read_metrics(directory / METRICS_FILE, before=run.step)
-    write_atomic(directory / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in metrics))
+    directory, leads = Path(directory), shard.rank == 0
+    path = directory / CONFIG_FILE
+    there = shard.broadcast(json.loads(path.read_text()) if leads and path.exists() else {})
+    _require_same_config(there, config, directory)
+    run = _Run(config, shard, load_checkpoint(directory / CHECKPOINT_FILE, shard))
+    with ExitStack() as stack:
+        log = None
+        if leads:
+            log = stack.enter_context(RunLog(directory, config.outer_steps, run.step, progress, tensorboard))
+        _train(run, directory, log, on_evaluation)
+    if leads:
+        save_theta(directory / THETA_FILE, config.learned, run.learned, run.result)
+        if run.best is not None or config.ema_decay:
+            save_theta(directory / LAST_THETA_FILE, config.learned, run.learned, run.theta)
+    best = None if run.best is None else (run.best["score"], run.best["step"])
+    return MetaTrainResult(run.learned, run.result, directory, log.lines if log else [], best)
+
+
+def _train(run: _Run, directory: Path, log: RunLog | None, on_evaluation: Callable[[int, float], None] | None) -> None:
+    """Outer steps until the run is finished or interrupted."""
+    say = log.say if log else lambda text: None
     done = run.step
-    say = Console(stderr=True, quiet=not progress, soft_wrap=True).print
     if done:
-        finished = done >= config.outer_steps
-        say(f"{directory} holds the finished run" if finished else f"resuming {directory} at outer step {done}")
-    try:
-        with _progress_bar(config, run.step, progress) as advance, (directory / METRICS_FILE).open("a") as log:
-            while run.step < config.outer_steps:
-                line = run.advance()
-                metrics.append(line)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                advance(line)
-                if run.step % config.checkpoint_every == 0:
-                    run.save(directory / CHECKPOINT_FILE)
-                    done = run.step
-    finally:
-        if done < run.step:
-            run.save(directory / CHECKPOINT_FILE)
-        if run.step < config.outer_steps:
-            say(f"stopped after outer step {run.step}, which is saved; the same command goes on from there")
-    save_theta(directory / THETA_FILE, config.learned, run.learned, run.theta)
-    return MetaTrainResult(run.learned, run.theta, directory, metrics)
+        say(f"{directory} holds the finished run" if run.is_finished else f"resuming {directory} at outer step {done}")
+    with _interrupt_after_step() as is_interrupted:
+        while not run.is_finished:
+            line = run.advance()
+            if log is not None:
+                if run.step == done + 1:  # what cannot make a step shall not claim the directory
+                    write_atomic(directory / CONFIG_FILE, _as_json(run.config))
+                log.update(line)
+            # all processes stop at the same step
+            stops = float(run.shard.sum(torch.tensor(float(is_interrupted())))) > 0
+            if stops or run.is_finished or run.step % run.config.checkpoint_every == 0:
+                save_checkpoint(directory / CHECKPOINT_FILE, run.content(), run.shard)
+            if on_evaluation is not None and "evaluation" in line:
+                on_evaluation(run.step, line["evaluation"]["score"])
+            if stops and not run.is_finished:
+                say(f"stopped after outer step {run.step}, which is saved; the same command goes on from there")
+                raise KeyboardInterrupt
 
 
 class _Run:
-    """The state of a meta-training run between two outer steps."""
+    """The state of a meta-training run between two outer steps.
 
-    def __init__(self, config: MetaTrainConfig) -> None:
-        self.config = config
+    Attributes:
+        parameters: the part of theta that is trained.
+        frozen: the rest of it.
+        average: the exponential moving average of ``parameters``; empty without.
+        tasks: with the carries of their estimators.
+        regret, taken: of each task: see `Curriculum`, and the outer step that took it last; 0 for never.
+        best: ``score``, ``step`` and ``theta`` of the best evaluation, and ``since``, the evaluations after it.
+        step: outer steps made.
+    """
+
+    def __init__(self, config: MetaTrainConfig, shard: Shard, saved: dict[str, Any] | None) -> None:
+        self.config, self.shard = config, shard
         self.learned: LearnedRule = registry.create("learned_optimizer", config.learned, **config.learned_options)
         self.estimator: GradientEstimator = registry.create("estimator", config.estimator, **config.estimator_options)
-        task = registry.create("task", config.task, device=config.device, **config.task_options)
-        if isinstance(task, TaskFamily):
-            task = task.sample(torch.Generator().manual_seed(config.seed))
-        assert isinstance(task, Task)
-        self.inner = TrainingRuns(task, self.learned, config.horizon or task.horizon, config.backend)
-        start = self.learned.init_theta(torch.Generator().manual_seed(config.seed))
-        self.parameters = {name: torch.nn.Parameter(value.to(config.device)) for name, value in start.items()}
-        self.outer = optimizer(config.outer_rule, list(self.parameters.items()), lr=config.outer_lr)
-        self.carry = self.estimator.start(self.inner, self.theta, config.seed)
+        self.curriculum: Curriculum = registry.create("curriculum", config.curriculum, **config.curriculum_options)
+        theta = _initial_theta(config, self.learned) if saved is None else saved["theta"]
+        theta = {name: value.to(config.device) for name, value in theta.items()}
+        trained = _unfrozen(theta, config.freeze)
+        self._names = tuple(theta)
+        self.parameters = {name: torch.nn.Parameter(theta[name]) for name in trained}
+        self.frozen = {name: value for name, value in theta.items() if name not in trained}
+        self.average = {name: theta[name].clone() for name in trained} if config.ema_decay else {}
+        self.outer = optimizer(
+            config.outer_rule, list(self.parameters.items()), horizon=config.outer_steps, lr=config.outer_lr,
+            **config.outer_options,
+        )  # fmt: skip
+        if "closure" in self.outer.rule.requirements():
+            raise ValueError(
+                f"outer_rule {config.outer_rule!r} evaluates the meta-loss again, which has noise; take another"
+            )
+        named = enumerate(zip(config.task_choices, labels(config.task_choices), strict=True))
+        self.tasks = [MetaTask(choice, label, i, config, self.learned, self.frozen) for i, (choice, label) in named]
+        self._baselines = self._archived_losses() if self.curriculum.needs_regret else [0.0] * len(self.tasks)
+        self.regret = torch.full((len(self.tasks),), torch.inf, dtype=torch.float64)
+        self.taken = torch.zeros(len(self.tasks), dtype=torch.int64)
+        self.evaluation = Evaluation(
+            config.evaluation_choices, config.evaluate_seeds, config.seed, config.device, config.backend
+        )
+        self.best: dict[str, Any] | None = None
         self.step = 0
+        if saved is not None:
+            self._restore(saved)
+
+    @property
+    def trained(self) -> Theta:
+        """What the estimators see of theta."""
+        return {name: p.detach() for name, p in self.parameters.items()}
 
     @property
     def theta(self) -> Theta:
-        return {name: p.detach() for name, p in self.parameters.items()}
+        """All of theta as it is now."""
+        return self._whole(self.trained)
 
-    def advance(self) -> dict[str, Any]:
+    @property
+    def averaged(self) -> Theta:
+        """What is evaluated: the moving average of theta, or theta."""
+        return self._whole(self.average) if self.average else self.theta
+
+    @property
+    def result(self) -> Theta:
+        """The best theta if there is one, else the latest."""
+        return self.averaged if self.best is None else self.best["theta"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all outer steps are made, or the last evaluations brought nothing."""
+        patience = self.config.patience
+        stale = self.best is not None and 0 < patience <= self.best["since"]
+        return stale or self.step >= self.config.outer_steps
+
+    def advance(self) -> Line:
         """One outer step; returns its metrics."""
         began = time.perf_counter()
-        gradient, carry, metrics = self.estimator.estimate(self.inner, self.theta, self.carry)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
-        usable = bool(torch.isfinite(norm))
-        lr = self.config.lr_at(self.step)
-        if usable:
-            scale = min(1.0, self.config.clip_norm / max(float(norm), 1e-30)) if self.config.clip_norm else 1.0
-            for name, p in self.parameters.items():
-                p.grad = gradient[name].to(p) * scale
-            for group in self.outer.param_groups:
-                group["lr"] = lr
-            self.outer.step()
-        # a Ctrl-C before this line repeats the whole step on resume, one after it none of it
-        self.carry, self.step = carry, self.step + 1
+        estimates = {i: self.tasks[i].estimate(self.estimator, self.trained, self.shard) for i in self._choose()}
+        metrics = {self.tasks[i]: metrics for i, (_, metrics) in estimates.items()}
+        losses = {task.label: one["meta_loss"] for task, one in metrics.items()}
+        meta_loss, lr = _mean(losses.values()), self.config.lr_at(self.step)
+        # of a task whose copies have all diverged the estimate is zero
+        gradients = [gradient for gradient, _ in estimates.values() if 0 < _norm(gradient) < math.inf]
+        norm = self._update(gradients, lr, meta_loss) if gradients else None
+        self.step += 1
+        for i in estimates:
+            if math.isfinite(losses[self.tasks[i].label]):
+                self.regret[i] = losses[self.tasks[i].label] - self._baselines[i]
+            self.taken[i] = self.step
+        steps, seconds = sum(one["inner_steps"] for one in metrics.values()), time.perf_counter() - began
+        line = {
+            "step": self.step,
+            "meta_loss": meta_loss,
+            "losses": {label: _mean([loss]) for label, loss in losses.items()},
+            "families": {
+                family: _mean([losses[task.label] for task in metrics if task.family == family])
+                for family in sorted({task.family for task in metrics})
+            },
+            "diverged": {task.label: int(one["diverged"]) for task, one in metrics.items()},
+            "skipped": not gradients,
+            "gradient_norm": norm,
+            "lr": lr,
+            "inner_steps": int(steps),
+            "seconds": round(seconds, 4),
+        }
+        every = self.config.evaluate_every
+        if every and (self.step % every == 0 or self.step == self.config.outer_steps):
+            line["evaluation"] = self._evaluate()
+        return line
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
         return {
             "step": self.step,
-            **metrics,
-            "gradient_norm": float(norm) if usable else None,
-            "lr": lr,
-            "seconds": round(time.perf_counter() - began, 4),
+            "theta": self.theta,
+            "average": self.average,
+            "outer": self.outer.state_dict(),
+            "tasks": {task.label: task.state() for task in self.tasks},
+            "regret": self.regret,
+            "taken": self.taken,
+            "best": self.best,
         }
 
-    def save(self, path: Path) -> None:
-        saved = {"step": self.step, "theta": self.theta, "outer": self.outer.state_dict(), "carry": self.carry}
-        content = io.BytesIO()  # a file's own name would become part of its bytes
-        torch.save(saved, content)
-        write_atomic(path, content.getvalue())
-
-    def load(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.config.device, weights_only=True)
-        with torch.no_grad():
-            for name, value in saved["theta"].items():
-                self.parameters[name].copy_(value)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.step, self.regret, self.taken = saved["step"], saved["regret"], saved["taken"]
+        self.average = {name: value.to(self.config.device) for name, value in saved["average"].items()}
+        self.best = saved["best"]
         self.outer.load_state_dict(saved["outer"])
-        # every tensor to where a fresh carry has it: clocks stay on the CPU
-        self.step = saved["step"]
-        self.carry = tree.map_tree(lambda value, fresh: value.to(fresh.device), saved["carry"], self.carry)
+        for task in self.tasks:
+            task.restore(saved["tasks"][task.label], self.estimator, self.trained, self.shard)
 
+    def _choose(self) -> list[int]:
+        weights = self.curriculum.weights(self.regret, self.step + 1 - self.taken)
+        return draw(weights, self.config.tasks_per_step or len(self.tasks), self.config.seed, self.step)
 
-def _claim(directory: Path, config: MetaTrainConfig) -> None:
-    """Write the config, or check it against the run that is already there."""
-    wanted = dataclasses.asdict(config)
-    path = directory / CONFIG_FILE
-    if path.exists():
-        there = json.loads(path.read_text())
-        for name, value in json.loads(json.dumps(wanted)).items():
-            if name != "checkpoint_every" and there.get(name) != value:
+    def _update(self, gradients: Sequence[Theta], lr: float, meta_loss: float | None) -> float:
+        """Theta moves by the mean of the tasks' gradients; returns its norm before clipping."""
+        for name, p in self.parameters.items():
+            p.grad = torch.stack([gradient[name] for gradient in gradients]).mean(0).to(p)
+        norm = _norm({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
+        if 0 < self.config.clip_norm < norm:
+            for p in self.parameters.values():
+                assert p.grad is not None
+                p.grad *= self.config.clip_norm / norm
+        for group in self.outer.param_groups:
+            group["lr"] = lr
+        self.outer.step(loss=meta_loss)
+        for name, mean in self.average.items():
+            mean.lerp_(self.parameters[name].detach(), 1 - self.config.ema_decay)
+        return norm
+
+    def _evaluate(self) -> dict[str, Any]:
+        theta = self.averaged
+        scores = self.evaluation.scores(self.learned.bind(theta), self.shard)
+        score = sum(scores.values()) / len(scores)
+        if self.best is None or score > self.best["score"]:
+            self.best = {"score": score, "step": self.step, "theta": tree.map_tree(torch.clone, theta), "since": 0}
+        else:
+            self.best["since"] += 1
+        return {"score": score, "tasks": scores}
+
+    def _whole(self, trained: Theta) -> Theta:
+        return {name: self.frozen[name] if name in self.frozen else trained[name] for name in self._names}
+
+    def _archived_losses(self) -> list[float]:
+        found = []
+        for task in self.tasks:
+            if task.baseline is None:
                 raise ValueError(
-                    f"{directory} holds a run with {name}={there.get(name)!r}, not {value!r}; "
-                    f"give the same settings to resume it, or choose another directory"
+                    f"curriculum {self.config.curriculum!r} compares with tuned AdamW, of which there is no archived curve on "
+                    f"{task.label} as it is set; take named tasks (metaopt list tasks), or curriculum 'uniform'"
                 )
-    write_atomic(path, json.dumps(wanted, indent=2) + "\n")
+            found.append(task.baseline)
+        return found
 
 
-def _read_metrics(path: Path, before: int) -> list[dict[str, Any]]:
-    """The lines of steps that the checkpoint knows; later ones will be made again, and a torn last line is dropped."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if line["step"] <= before:
-            lines.append(line)
-    return lines
+def _initial_theta(config: MetaTrainConfig, learned: LearnedRule) -> Theta:
+    theta = learned.init_theta(Generator().manual_seed(config.seed))
+    if config.init_theta is None:
+        return theta
+    given = load_theta(config.init_theta).theta
+    for name, value in given.items():
+        wanted = tuple(theta[name].shape) if name in theta else None
+        if wanted != tuple(value.shape):
+            raise ValueError(
+                f"{config.init_theta} holds {name!r} of shape {tuple(value.shape)}, but that of {config.learned} is {wanted}; "
+                f"give the learned optimizer and the options that it was trained with"
+            )
+    return theta | given
+
+
+def _unfrozen(theta: Theta, patterns: Sequence[str]) -> list[str]:
+    """Names of theta that match none of the patterns."""
+    names = ", ".join(theta)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in theta):
+            raise ValueError(f"freeze names {pattern!r}, but theta has only {names}")
+    trained = [name for name in theta if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not trained:
+        raise ValueError(f"freeze leaves nothing of theta to train; it has {names}")
+    return trained
+
+
+def _norm(gradient: Theta) -> float:
+    return float(get_total_norm(list(gradient.values())))
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """Of those that are finite; None where none is (JSON has no NaN)."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
 
 
 @contextmanager
-def _progress_bar(config: MetaTrainConfig, done: int, show: bool) -> Iterator[Any]:
-    columns = (
-        TextColumn("meta-training"), BarColumn(), MofNCompleteColumn(), TextColumn("meta-loss {task.fields[loss]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        handle = bar.add_task("", total=config.outer_steps, completed=done, loss="-")
-        smooth: float | None = None
+def _interrupt_after_step() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the outer step, when everything belongs together; a second one does not wait."""
+    asked = False
 
-        def advance(line: dict[str, Any]) -> None:
-            nonlocal smooth
-            smooth = line["meta_loss"] if smooth is None else 0.95 * smooth + 0.05 * line["meta_loss"]
-            bar.update(handle, advance=1, loss=f"{smooth:.4f}")
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
 
-        yield advance
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _as_json(config: MetaTrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _require_same_config(there: dict[str, Any], config: MetaTrainConfig, directory: Path) -> None:
+    """Raise ``ValueError`` where another run is there already; without any, ``there`` is empty."""
+    for name, value in json.loads(_as_json(config)).items() if there else ():
+        if name != "checkpoint_every" and there.get(name) != value:
+            raise ValueError(
+                f"{directory} holds a run with {name}={there.get(name)!r}, not {value!r}; "
+                f"give the same settings to resume it, or choose another directory"
+            )

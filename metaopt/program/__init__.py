@@ -1,6 +1,7 @@
 """The expression language: ops, programs, tracing a rule, running it, writing it as source."""
 
-from metaopt.program.cpp import CppStep, compile_cpp, compiler, cpp_source
+from metaopt.program.build import compiler
+from metaopt.program.cpp import CppStep, compile_cpp, cpp_source
 from metaopt.program.inplace import compile_in_place, in_place_source
 from metaopt.program.ops import OPS, Op
 from metaopt.program.program import Program, Statement, evaluate

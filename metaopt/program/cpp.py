@@ -1,73 +1,33 @@
 """Run a Program in place as generated C++: one pass over memory for all parameters, built by the compiler at hand.
 
-The library is plain C called through ctypes, with no torch or Python headers, so that a build takes a second. It uses
-the OpenMP threads that torch has already started. Nothing here is required: where there is no compiler, or a build
-fails, `compile_cpp` returns None and the caller runs `metaopt.program.inplace`.
+Nothing here is required: where there is no compiler, or a build fails, `compile_cpp` returns None and the caller runs
+`metaopt.program.inplace`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metaopt.program.build import CPP_TYPES, PRELUDE, compiler, load_library
 from metaopt.program.inplace import COMPARISONS
 from metaopt.program.ops import OPS
 from metaopt.program.program import Arg, Program, Statement
 
-_TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-_OPENMP = "-fopenmp"
 _SERIAL_BELOW = 1 << 15
 """Elements under which a second thread costs more than it saves."""
 
-_PREAMBLE = """\
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
-// glibc has vector forms of these (to 4 ulp) but tells the compiler only under -ffast-math.
-#if defined(__GLIBC__) && defined(__x86_64__) && !defined(__clang__)
-#define VECTORISED(name) \\
-    extern "C" __attribute__((__simd__("notinbranch"))) double name(double) noexcept; \\
-    extern "C" __attribute__((__simd__("notinbranch"))) float name##f(float) noexcept;
-VECTORISED(exp)
-VECTORISED(log)
-extern "C" __attribute__((__simd__("notinbranch"))) double pow(double, double) noexcept;
-extern "C" __attribute__((__simd__("notinbranch"))) float powf(float, float) noexcept;
-#if __GLIBC_PREREQ(2, 35)
-VECTORISED(tanh)
-#endif
-#endif
-
-#ifdef _OPENMP
-extern "C" int omp_get_thread_num();
-extern "C" int omp_get_num_threads();
-#endif
-#ifdef __clang__
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define INDEPENDENT _Pragma("GCC ivdep")
-#endif
-
+_PREAMBLE = """
 typedef {compute} T;
 
 struct bf16 {{ uint16_t bits; }};
@@ -150,8 +110,8 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
         ValueError: an unknown type.
     """
     for name in (param_type, grad_type, state_type):
-        if name not in _TYPES.values():
-            raise ValueError(f"{name!r} is no storage type; choose from {', '.join(_TYPES.values())}")
+        if name not in CPP_TYPES.values():
+            raise ValueError(f"{name!r} is no storage type; choose from {', '.join(CPP_TYPES.values())}")
     compute = "double" if param_type == "double" else "float"
     types = [param_type, grad_type, *[state_type] * (len(program.tensors) - 2)]
     names = _names(program)
@@ -174,7 +134,7 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
     signature = "void update(void* const* at, const int64_t count, const int64_t begin, const int64_t end, const T* c)"
     lines = [f"static {signature} {{", *(f"    {line}" for line in [*body, "}"]), "}"]
     driver = _DRIVER.replace("COEFFICIENTS", str(len(program.coefficients))).replace("SERIAL_BELOW", str(_SERIAL_BELOW))
-    return _PREAMBLE.format(compute=compute) + "\n" + "\n".join(lines) + "\n" + driver
+    return PRELUDE + _PREAMBLE.format(compute=compute) + "\n" + "\n".join(lines) + "\n" + driver
 
 
 def _names(program: Program) -> dict[Arg, str]:
@@ -216,26 +176,6 @@ _POWERS: dict[Arg, str] = {
 # -- building ----------------------------------------------------------------------------------------------------------
 
 
-def compiler() -> str | None:
-    """The command of the C++ compiler to use, or None.
-
-    ``METAOPT_CXX`` decides where it is set (empty: none), then ``CXX``; otherwise the first of g++, c++ and clang++.
-    """
-    if os.name == "nt":
-        return None
-    return _find_compiler(os.environ.get("METAOPT_CXX"), os.environ.get("CXX"), os.environ.get("PATH"))
-
-
-@functools.lru_cache(maxsize=16)
-def _find_compiler(chosen: str | None, cxx: str | None, path: str | None) -> str | None:
-    candidates = [chosen] if chosen is not None else [cxx or "", "g++", "c++", "clang++"]
-    for command in candidates:
-        words = shlex.split(command)
-        if words and shutil.which(words[0], path=path):
-            return command
-    return None
-
-
 def compile_cpp(
     program: Program,
     param_dtype: torch.dtype,
@@ -243,17 +183,14 @@ def compile_cpp(
     state_dtype: torch.dtype,
     out_of_place: bool = False,
 ) -> CppStep | None:
-    """The compiled step of ``program`` for tensors of these dtypes, or None where it cannot be had.
+    """The compiled step of ``program`` for tensors of these dtypes, or None where it cannot be had (`load_library`).
 
-    In place it is called as it is; ``out_of_place`` it has the method `CppStep.copies`.
-
-    The library is kept in ``$METAOPT_CACHE_DIR`` (default: ``~/.cache/metaopt``) under a key of source, flags, compiler
-    and CPU. No compiler, or a dtype other than float32, float64 and bfloat16 (compilers do not vectorise fp16): None,
-    silently. A build, a load or a cache directory that fails: None, with one warning per process.
+    In place it is called as it is; ``out_of_place`` it has the method `CppStep.copies`. A dtype other than float32, float64
+    and bfloat16 (compilers do not vectorise fp16): None.
     """
     dtypes = (param_dtype, grad_dtype, state_dtype)
     command = compiler()
-    if command is None or any(dtype not in _TYPES for dtype in dtypes):
+    if command is None or any(dtype not in CPP_TYPES for dtype in dtypes):
         return None
     return _compile(program, dtypes, out_of_place, command, os.environ.get("METAOPT_CACHE_DIR"))
 
@@ -266,87 +203,9 @@ def _compile(
     command: str,
     cache: str | None,
 ) -> CppStep | None:
-    param, grad, state = (_TYPES[dtype] for dtype in dtypes)
-    source = cpp_source(program, param, grad, state, out_of_place)
-    directory = Path(cache) if cache else Path(os.path.expanduser("~")) / ".cache" / "metaopt"
-    problem: Exception | None = None
-    for openmp in (True, False):  # without: where torch has loaded no OpenMP that this compiler's code can use
-        try:
-            return CppStep(program, dtypes, _load(source, command, directory, openmp))
-        except (OSError, subprocess.SubprocessError) as error:
-            problem = error
-    _warn(f"{type(problem).__name__}: {problem}")
-    return None
-
-
-_warned = False
-
-
-def _warn(problem: str) -> None:
-    global _warned
-    if _warned:
-        return
-    _warned = True
-    warnings.warn(
-        f"no C++ step: {problem.strip()[:2000]}\nmetaopt falls back to torch operations, which are slower; set "
-        "METAOPT_CXX to a working compiler, METAOPT_CACHE_DIR to a writable directory, or METAOPT_CXX='' for silence",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def _load(source: str, command: str, directory: Path, openmp: bool) -> ctypes.CDLL:
-    """Build unless the cache has it, and load; a cached library that does not load is built anew, once."""
-    flags = (*_FLAGS, _OPENMP) if openmp else _FLAGS
-    key = hashlib.sha256("\0".join((source, *flags, command, _version(command), _cpu())).encode()).hexdigest()[:32]
-    library = directory / f"step-{key}.so"
-    if library.exists():
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:
-            library.unlink()
-    directory.mkdir(parents=True, exist_ok=True)
-    _build(source, shlex.split(command), flags, library)
-    return ctypes.CDLL(str(library))
-
-
-def _build(source: str, command: list[str], flags: Sequence[str], library: Path) -> None:
-    """Compile to a temporary file beside ``library`` and move it there, so that no process sees half a library."""
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
-        text, unit, shared = (str(Path(scratch) / name) for name in ("step.cpp", "step.o", "step.so"))
-        Path(text).write_text(source)
-        # linked without -fopenmp: its symbols resolve to the OpenMP runtime, and so the threads, that torch has loaded
-        _run([*command, *flags, "-c", text, "-o", unit])
-        undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-        _run([*command, "-shared", *undefined, unit, "-o", shared])
-        os.replace(shared, library)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise OSError(f"{shlex.join(command)} failed:\n{done.stderr}")
-
-
-@functools.lru_cache(maxsize=16)
-def _version(command: str) -> str:
-    done = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60)
-    return done.stdout
-
-
-@functools.cache
-def _cpu() -> str:
-    """Model and instruction sets: code built with -march=native for one CPU may be illegal on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return " ".join((platform.platform(), platform.machine(), platform.processor()))
-    facts: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
-    wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features")
-    return " ".join((platform.machine(), *(facts.get(name, "") for name in wanted)))
+    param, grad, state = (CPP_TYPES[dtype] for dtype in dtypes)
+    library = load_library(cpp_source(program, param, grad, state, out_of_place))
+    return None if library is None else CppStep(program, dtypes, library)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

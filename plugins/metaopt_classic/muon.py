@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.matrix import newton_schulz
 from metaopt.rule import Context, HyperValues, ParamInfo, Params, State, TensorRule, compute_dtype, hp_of
 from metaopt.space import hyper, learning_rate, option
 from metaopt_classic.adam import AdamW
@@ -111,21 +112,6 @@ class Muon(TensorRule):
         if self.scaling == "original":
             return max(1.0, rows / columns) ** 0.5
         return 0.2 * max(rows, columns) ** 0.5
-
-
-def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
-    """Approximately orthogonalise ``matrices`` [..., m, n]: singular values are moved to about 0.7 .. 1.2.
-
-    X <- a X + (b A + c A^2) X with A = X X^T, on X scaled to Frobenius norm 1, the short side first.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 def _is_matrix(info: ParamInfo) -> bool:

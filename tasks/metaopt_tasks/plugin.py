@@ -10,7 +10,11 @@ from metaopt_tasks.suites import task_specs
 @hookimpl
 def metaopt_tasks() -> list[Spec]:
     """Families and their named members."""
-    return task_specs()
+    rescaled = "any task, in units of its own for each run"
+    return [
+        *task_specs(),
+        Spec("rescaled", "metaopt_tasks.rescaled:RescaledFamily", rescaled, ("family", "augmentation")),
+    ]
 
 
 @hookimpl

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
@@ -103,6 +103,8 @@ class QuadraticFamily(TaskFamily):
         rotated: whether Q is random; else it is the identity, and A is diagonal.
         shape: a name in `SHAPES`.
     """
+
+    stacks: ClassVar[bool] = True
 
     dim: int = 20
     condition: float = 100.0

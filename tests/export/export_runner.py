@@ -43,8 +43,12 @@ def groups(params, factor):
 
 
 def trajectory(make, dtype, second_lr, interrupt=None, steps=STEPS):
-    """Parameters after every step; ``make(groups)`` gives the optimizer, ``interrupt`` replaces it at two points."""
+    """Parameters after every step; ``make(groups)`` gives the optimizer.
+
+    ``interrupt(optimizer, groups, pickled)`` replaces it at two points, at the second one through a pickle.
+    """
     params = start(dtype)
+    saved, pickled = 2 * steps // 5, 7 * steps // 10
     optimizer = make(groups(params, second_lr))
     seen = []
     for step in range(steps):
@@ -57,8 +61,8 @@ def trajectory(make, dtype, second_lr, interrupt=None, steps=STEPS):
 
         optimizer.step(closure)
         seen.append({name: param.detach().clone() for name, param in params.items()})
-        if interrupt is not None and step in (20, 35):
-            optimizer = interrupt(optimizer, step, groups(params, second_lr))
+        if interrupt is not None and step in (saved, pickled):
+            optimizer = interrupt(optimizer, groups(params, second_lr), step == pickled)
     return seen
 
 
@@ -88,8 +92,8 @@ def check(job):
     def make(given):
         return cls(given, **extra)
 
-    def interrupt(optimizer, step, given):
-        if step == 35:
+    def interrupt(optimizer, given, pickled):
+        if pickled:
             return _unpickled(optimizer)
         saved = io.BytesIO()
         torch.save(optimizer.state_dict(), saved)
@@ -106,8 +110,9 @@ def check(job):
             new["params"] = old["params"]
         return copied
 
-    result = {str(dtype): trajectory(make, dtype, job["second_lr"]) for dtype in (torch.float64, torch.float32)}
-    result["interrupted"] = trajectory(make, torch.float64, job["second_lr"], interrupt)
+    dtypes, steps = job.get("dtypes", (torch.float64, torch.float32)), job.get("steps", STEPS)
+    result = {str(dtype): trajectory(make, dtype, job["second_lr"], steps=steps) for dtype in dtypes}
+    result["interrupted"] = trajectory(make, torch.float64, job["second_lr"], interrupt, steps)
     result["bf16"] = trajectory(make, torch.bfloat16, job["second_lr"], steps=5)
     params = start(torch.bfloat16)
     optimizer = make(groups(params, job["second_lr"]))

@@ -10,6 +10,7 @@ import pytest
 import random_programs
 import torch
 import user_rules
+from functional_form import Functional
 from hypothesis import given, settings
 
 from metaopt.export import ExportError, write_module
@@ -38,36 +39,8 @@ def test_users_rules_are_exported_as_they_run(name: str, tmp_path: Path) -> None
     rule = RULES[name]
     module = export_runner.load(write_module(rule, "Exported", tmp_path / f"{name}.py"))
     found = export_runner.trajectory(module.Exported, torch.float64, 0.005, steps=12)
-    functional = export_runner.trajectory(lambda groups: _Functional(rule, groups), torch.float64, 0.005, steps=12)
+    functional = export_runner.trajectory(lambda groups: Functional(rule, groups), torch.float64, 0.005, steps=12)
     _same(found, functional)
-
-
-class _Functional(torch.optim.SGD):
-    """The rule's own ``update``, called with no optimizer in between."""
-
-    def __init__(self, rule: UpdateRule, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, lr=rule.hp["lr"])
-        self.rule = rule
-        self.slots: dict[str, Any] = {}
-
-    def step(self, closure: Any) -> None:  # type: ignore[override]
-        from metaopt.rule import Context, PerParameter, infer_info
-
-        closure()
-        groups = self.param_groups
-        owners = [(name, p, g) for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)]
-        params = {name: p.detach().clone() for name, p, _ in owners if p.grad is not None}
-        grads = {name: p.grad.clone() for name, p, _ in owners if p.grad is not None}
-        info = infer_info(params)
-        hp = PerParameter({name: {**self.rule.hp, "lr": g["lr"]} for name, p, g in owners if name in params})
-        new = {name: p for name, p in params.items() if name not in self.slots}
-        self.slots |= self.rule.init(new, info)
-        with torch.no_grad():
-            moved, slots = self.rule.update(grads, {n: self.slots[n] for n in params}, params, hp, Context(info))
-            self.slots |= slots
-            for name, p, _ in owners:
-                if name in moved:
-                    p.copy_(moved[name])
 
 
 def test_what_is_not_reached_is_not_in_the_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from random_programs import coefficients, copied, exact_programs, expected, positive, small_integers, smooth_programs
 from torch import Tensor
 
-from metaopt.program import OPS, CppStep, Program, Statement, compile_cpp, compiler, cpp
+from metaopt.program import OPS, CppStep, Program, Statement, build, compile_cpp, compiler
 from metaopt.program.cpp import cpp_source
 
 FLOAT = (torch.float32, torch.float32, torch.float32)
@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def not_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_warned", False)
+    monkeypatch.setattr(build, "_warned", False)
 
 
 def built(program: Program, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> CppStep:
@@ -248,7 +248,7 @@ def test_a_library_is_built_once_per_machine_and_rebuilt_if_it_is_broken(
     (elsewhere / library.name).write_bytes(moved)
     monkeypatch.setenv("METAOPT_CACHE_DIR", str(elsewhere))
     with monkeypatch.context() as patch:
-        patch.setattr(cpp, "_build", lambda *_: pytest.fail("the cached library was not used"))
+        patch.setattr(build, "_build", lambda *_: pytest.fail("the cached library was not used"))
         built(momentum(), FLOAT)
 
     broken = tmp_path / "broken"
@@ -265,7 +265,7 @@ def test_a_library_for_another_cpu_is_not_loaded(monkeypatch: pytest.MonkeyPatch
     names = set()
     for flags in ("avx2", "avx2 avx512f"):
         directory = tmp_path / flags.replace(" ", "-")
-        monkeypatch.setattr(cpp, "_cpu", lambda flags=flags: flags)
+        monkeypatch.setattr(build, "_cpu", lambda flags=flags: flags)
         monkeypatch.setenv("METAOPT_CACHE_DIR", str(directory))
         built(momentum(), FLOAT)
         names |= {path.name for path in directory.iterdir()}

@@ -80,15 +80,15 @@ def test_held_out_tasks_share_no_data_no_architecture_and_no_horizon_with_the_ot
 
 def test_a_search_cannot_use_a_held_out_task() -> None:
     with pytest.raises(ValueError, match=r"held-out suite 'test'.*choose a task of another suite"):
-        MetaTrainConfig(task=members(HELD_OUT)[0])
+        MetaTrainConfig(tasks=[members(HELD_OUT)[0]])
 
 
 def test_a_search_cannot_use_held_out_data_by_another_tasks_name_nor_a_whole_suite() -> None:
     with pytest.raises(ValueError, match="data source 'breast_cancer' is held out"):
-        MetaTrainConfig(task="digits_mlp", task_options={"data": "breast_cancer"})
-    with pytest.raises(ValueError, match="one task or one family, got 'suite:fast'"):
-        MetaTrainConfig(task="suite:fast")
-    MetaTrainConfig(task="digits_mlp", task_options={"data": "wine"})
+        MetaTrainConfig(tasks=[{"name": "digits_mlp", "options": {"data": "breast_cancer"}}])
+    with pytest.raises(ValueError, match=r"held-out suite 'test'"):
+        MetaTrainConfig(tasks=["digits_mlp", f"suite:{HELD_OUT}"])
+    MetaTrainConfig(tasks=[{"name": "digits_mlp", "options": {"data": "wine"}}, "suite:fast"])
 
 
 def test_a_data_function_of_the_users_own_need_not_know_of_devices(tmp_path: Any) -> None:

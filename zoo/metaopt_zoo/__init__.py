@@ -1,1 +1,1 @@
-"""Trained weights and discovered programs (none yet)."""
+"""Trained weights, each with a card: how it was made, how good it is, and where it fails."""

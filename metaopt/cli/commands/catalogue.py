@@ -22,9 +22,13 @@ KIND_WORDS = {
     "data-sources": "data_source",
     "objectives": "objective",
     "estimators": "estimator",
+    "truncations": "truncation",
+    "curriculums": "curriculum",
     "backends": "unroll_backend",
     "proposers": "proposer",
+    "importers": "importer",
     "exporters": "exporter",
+    "zoo-rules": "zoo_rule",
 }
 """What users type -> kind; the singular does as well."""
 
@@ -40,6 +44,12 @@ def list_kind(
     Example: [bold]metaopt list optimizers[/bold]
     """
     kind = _kind(kind)
+    last = {"task": ("suite", "parameters", "license"), "zoo_rule": ("license",)}.get(kind, ("paper",))
+    print_specs(kind, ("name", "summary", *last, "plugin"), as_json)
+
+
+def print_specs(kind: str, columns: tuple[str, ...], as_json: bool) -> None:
+    """What the installed plugins offer of one kind, as a table of ``columns`` or as JSON of everything; problems on stderr."""
     found = registry.default()
     rows = [_row(found, kind, spec) for spec in found.specs(kind).values()]
     if as_json:
@@ -47,8 +57,7 @@ def list_kind(
     else:
         for row in rows:
             row["paper"] = row["paper"].split(", http")[0]
-        last = ("suite", "parameters", "license") if kind == "task" else ("paper",)
-        _print_table(("name", "summary", *last, "plugin"), rows)
+        _print_table(columns, rows)
     _warn(found)
 
 

@@ -39,7 +39,7 @@ def demo(
     console, began = Console(), time.monotonic()
     config = MetaTrainConfig(
         learned="small_fc_lopt", learned_options={"step_scale": 0.01},
-        task="digits_mlp", horizon=STEPS,
+        tasks=["digits_mlp"], horizon=STEPS,
         estimator="pes", estimator_options={"pairs": 16, "window": 20, "sigma": 0.01},
         outer_steps=outer_steps, outer_lr=0.01, seed=seed, device=check_device(device),
     )  # fmt: skip

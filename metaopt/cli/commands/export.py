@@ -12,7 +12,7 @@ from metaopt.cli.commands.options import Settings, parse_settings
 
 def export(
     name: Annotated[
-        str, typer.Argument(help="A registered name, FILE.py:RULE, or a directory of a meta-training run.")
+        str, typer.Argument(help="A registered name, FILE.py:RULE, zoo:NAME, or a directory of a meta-training run.")
     ],
     to: Annotated[Path, typer.Option("--to", help="The Python file to write.")],
     class_name: Annotated[str | None, typer.Option("--class", help="Name of the class; default from NAME.")] = None,

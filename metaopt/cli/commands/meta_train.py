@@ -7,36 +7,68 @@ from typing import Annotated
 
 import typer
 
-from metaopt.cli.commands.options import Backend, Device, Seed, check_device, parse_settings
+from metaopt.cli.commands.options import check_device, parse_settings
 
 
 def meta_train(
     learned: Annotated[
-        str, typer.Argument(help="A learned optimizer (metaopt list learned-optimizers).")
-    ] = "small_fc_lopt",
-    task: Annotated[str, typer.Option(help="The inner problem (metaopt list tasks).")] = "digits_mlp",
-    estimator: Annotated[str, typer.Option(help="The meta-gradient (metaopt list estimators).")] = "pes",
+        str | None,
+        typer.Argument(help="A learned optimizer (metaopt list learned-optimizers).", show_default="small_fc_lopt"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; what is given beside it comes before it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run; one that holds a run is resumed.")] = Path(
         "runs/meta"
     ),
-    steps: Annotated[int, typer.Option(help="Outer steps.", min=1)] = 1000,
-    horizon: Annotated[int | None, typer.Option(help="Inner steps of an episode; default: the task's.", min=1)] = None,
-    lr: Annotated[float, typer.Option(help="Peak outer learning rate.")] = 1e-3,
-    outer_rule: Annotated[str, typer.Option(help="What updates theta (metaopt list optimizers).")] = "adam",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An inner problem (metaopt list tasks), or suite:NAME; may be given several times.",
+            show_default="digits_mlp",
+        ),
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="The meta-gradient (metaopt list estimators).", show_default="pes")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Outer steps.", min=1, show_default="1000")] = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="Inner steps of an episode.", min=1, show_default="the task's")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak outer learning rate.", show_default="0.001")] = None,
+    outer_rule: Annotated[
+        str | None, typer.Option(help="What updates theta (metaopt list optimizers).", show_default="adam")
+    ] = None,
+    init_theta: Annotated[
+        str | None, typer.Option("--from", help="Begin with the theta of a run's directory.", show_default="fresh")
+    ] = None,
+    evaluate_on: Annotated[
+        list[str] | None, typer.Option(help="A task or suite:NAME to choose the best theta by; needs --evaluate-every.")
+    ] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Outer steps between evaluations.", min=1)] = None,
     set_learned: Annotated[
         list[str] | None,
         typer.Option("--set-learned", metavar="NAME=VALUE", help="An option of the learned optimizer."),
     ] = None,
     set_task: Annotated[
-        list[str] | None, typer.Option("--set-task", metavar="NAME=VALUE", help="... of the task.")
+        list[str] | None, typer.Option("--set-task", metavar="NAME=VALUE", help="... of every task given by --task.")
     ] = None,
     set_estimator: Annotated[
         list[str] | None, typer.Option("--set-estimator", metavar="NAME=VALUE", help="... of the estimator.")
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Outer steps between checkpoints.", min=1)] = 100,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    backend: Backend = "auto",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting (docs/meta-training.md lists them)."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Outer steps between checkpoints.", min=1, show_default="100")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Determines every random number.", min=0, show_default="0")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ...", show_default="cpu")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="How the unroll runs (metaopt list backends).", show_default="auto")
+    ] = None,
 ) -> None:
     """Meta-train a learned optimizer; running the same command again resumes it.
 
@@ -45,18 +77,52 @@ def meta_train(
     """
     from rich.console import Console
 
-    from metaopt.meta.trainer import MetaTrainConfig
+    from metaopt.meta.config import TaskChoice, make_config, read_settings
+    from metaopt.meta.distributed import process_group
     from metaopt.meta.trainer import meta_train as run
+    from metaopt.suite import listed
 
-    config = MetaTrainConfig(
-        learned=learned, learned_options=parse_settings(set_learned or []),
-        task=task, task_options=parse_settings(set_task or []),
-        estimator=estimator, estimator_options=parse_settings(set_estimator or []),
-        horizon=horizon, outer_steps=steps, outer_rule=outer_rule, outer_lr=lr, seed=seed,
-        device=check_device(device), backend=backend, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    result = run(config, out)
+    if set_task and not task:
+        raise ValueError("--set-task goes with --task; in a TOML file write tasks = [{name = ..., options = {...}}]")
+    given = {
+        "learned": learned,
+        "learned_options": parse_settings(set_learned or []),
+        "tasks": [TaskChoice(name, parse_settings(set_task or [])) for name in listed(task or [])],
+        "estimator": estimator,
+        "estimator_options": parse_settings(set_estimator or []),
+        "outer_steps": steps,
+        "horizon": horizon,
+        "outer_lr": lr,
+        "outer_rule": outer_rule,
+        "init_theta": init_theta,
+        "evaluate_on": evaluate_on,
+        "evaluate_every": evaluate_every,
+        "checkpoint_every": checkpoint_every,
+        "seed": seed,
+        "device": device,
+        "backend": backend,
+        **parse_settings(settings or []),
+    }
+    values = read_settings(config) if config else {}
+    for name, value in given.items():
+        if isinstance(value, dict):
+            values[name] = values.get(name, {}) | value
+        elif value not in (None, []):
+            values[name] = value
+    chosen = make_config(values)
+    check_device(chosen.device)
+    with process_group(chosen.device) as shard:
+        result = run(chosen, out, tensorboard=tensorboard, shard=shard, progress=shard.rank == 0)
+    if shard.rank:
+        return
     first, last = result.progress
-    console = Console()
-    console.print(f"meta-loss {first:.4f} in the first tenth of {steps} outer steps, {last:.4f} in the last")
+    console = Console(soft_wrap=True)
+    console.print(
+        f"meta-loss {first:.4f} in the first tenth of {len(result.metrics)} outer steps, {last:.4f} in the last"
+    )
+    if result.best is not None:
+        console.print(f"best score {result.best[0]:.3f} after outer step {result.best[1]}; that theta was kept")
+    diverged = sum(result.diverged.values())
+    if diverged or result.skipped:
+        console.print(f"{diverged} copies diverged and were left out; {result.skipped} outer steps changed nothing")
     console.print(f"theta, metrics, config and checkpoint are in [bold]{out}[/bold]; try: metaopt race {out} adamw")

@@ -16,7 +16,7 @@ def race(
         list[str],
         typer.Argument(
             metavar="OPT...",
-            help="Registered names, FILE.py:RULE of your own, or directories of meta-training runs; LABEL=REFERENCE "
+            help="Registered names, FILE.py:RULE of your own, zoo:NAME, or directories of meta-training runs; LABEL=REFERENCE "
             "gives one a name.",
         ),
     ],

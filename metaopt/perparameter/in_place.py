@@ -1,0 +1,130 @@
+"""One step of a per-parameter rule that overwrites parameters and state: by C++ where it can, else by chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from metaopt.learned import Theta
+from metaopt.perparameter.chunked import step_in_chunks
+from metaopt.perparameter.cpp import fused_step, supports
+from metaopt.perparameter.features import ACCUMULATORS, Slots, clip
+from metaopt.perparameter.rule import PerParameterRule, Prepared
+from metaopt.rule import Context, HyperValues, Params, State, compute_dtype
+
+_BATCH = 1 << 20
+"""Elements that C++ steps in one call, at most unless one parameter has more: of so many there may be copies at once."""
+
+
+def step_in_place(
+    rule: PerParameterRule,
+    theta: Theta,
+    grads: Params,
+    state: State,
+    params: Params,
+    hp: HyperValues,
+    ctx: Context,
+    *,
+    cpp: bool,
+) -> None:
+    """`PerParameterRule.update` of the parameters that the network steps, in place and with nothing recorded.
+
+    Parameters and gradients may have any floating-point dtype and strides; nothing as large as the model is allocated.
+
+    Args:
+        rule: whose step.
+        theta: where the parameters are.
+        grads: not clipped.
+        state: its accumulators and memory are overwritten, ``step`` is not.
+        params: overwritten.
+        hp: hyperparameters.
+        ctx: as for `update`.
+        cpp: use C++ where it can be had.
+    """
+    wide = _Lazily(params, lambda name: params[name].to(compute_dtype(params[name].dtype)))
+    clipped = _Lazily(params, lambda name: clip(rule.features, grads[name].to(compute_dtype(params[name].dtype))))
+    prepared = rule.prepare(theta, cast(Params, clipped), state, cast(Params, wide), hp, ctx)
+    left = [*params]
+    if cpp:
+        reached = {name for name, param in params.items() if _in_reach(rule, param, state[name])}
+        left = [name for name in params if name not in reached]
+        left += _step_by_cpp(rule, prepared, [name for name in params if name in reached], grads, state, params)
+    for name in left:
+        share = prepared.layers[name], prepared.scale[name], prepared.keep[name]
+        t = (state[name]["step"] if ctx.step is None else ctx.step) + 1
+        step_in_chunks(rule, prepared.decays, *share, grads[name], params[name], _accumulators(state[name]), t)
+    for name, memory in prepared.memory.items():
+        for slot, value in memory.items():
+            state[name][slot].copy_(value)
+
+
+def _in_reach(rule: PerParameterRule, param: Tensor, slots: Slots) -> bool:
+    """Whether C++ can step this parameter, perhaps a copy of it."""
+    dtype = compute_dtype(param.dtype)
+    like = torch.empty((), dtype=dtype, device=param.device).expand(1, *param.shape)
+    return supports(rule.features, {"": like}) and all(
+        value.is_cpu and value.dtype == dtype and value.is_contiguous() for value in _accumulators(slots).values()
+    )
+
+
+def _step_by_cpp(
+    rule: PerParameterRule, prepared: Prepared, names: Sequence[str], grads: Params, state: State, params: Params
+) -> list[str]:
+    """Step these parameters by C++; returns those that it refused."""
+    of_one_copy = {key: value.unsqueeze(0) for key, value in prepared.distinct().items()}
+    stacked = prepared.map(lambda value: of_one_copy[id(value)])
+    refused: list[str] = []
+    for batch in _batches(names, params):
+        # as they are where possible, else copies to be written back
+        wide = {n: params[n].detach().to(compute_dtype(params[n].dtype)).contiguous().unsqueeze(0) for n in batch}
+        old = {n: {slot: value.unsqueeze(0) for slot, value in _accumulators(state[n]).items()} for n in batch}
+        done = fused_step(rule.cpp_step, stacked, {n: grads[n].unsqueeze(0) for n in batch}, wide, old, in_place=True)
+        if done is None:
+            refused += batch
+            continue
+        for name, value in done[0].items():
+            new = value[0]
+            if rule.has_own_finish:
+                slots = _accumulators(state[name])
+                new = rule.finish(new, wide[name][0], slots, prepared.scale[name], prepared.keep[name])
+            if new.data_ptr() != params[name].data_ptr():
+                params[name].copy_(new)
+        torch.autograd.graph.increment_version([params[name] for name in batch])
+    return refused
+
+
+def _batches(names: Sequence[str], params: Params) -> Iterator[list[str]]:
+    """The names in lists of one dtype to compute in."""
+    batch: list[str] = []
+    for name in sorted(names, key=lambda name: str(compute_dtype(params[name].dtype))):
+        changes = batch and compute_dtype(params[batch[0]].dtype) != compute_dtype(params[name].dtype)
+        if changes or sum(params[n].numel() for n in (*batch, name)) > _BATCH:
+            if batch:
+                yield batch
+            batch = []
+        batch.append(name)
+    if batch:
+        yield batch
+
+
+def _accumulators(slots: Slots) -> Slots:
+    return {slot: value for slot, value in slots.items() if slot in ACCUMULATORS}
+
+
+class _Lazily(Mapping[str, Tensor]):
+    """Tensors that are made when they are looked at."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self.names, self.make = [*names], make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

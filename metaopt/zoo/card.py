@@ -1,0 +1,218 @@
+"""The card of a published rule: what it says, how it is read, and how it looks. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from metaopt.hookspecs import Spec
+
+CARD_FILE, PAGE_FILE = "card.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything that is known of one entry; ``card.json`` holds these fields and no others.
+
+    Attributes:
+        name: of the entry and of its directory.
+        summary: one line.
+        license: of the weights.
+        limits: what it was not tried on, and where it is known to fail.
+        created: date, YYYY-MM-DD.
+        sha256: of ``theta.safetensors``.
+        learned_optimizer, options: the learned rule (registered name) that the weights belong to.
+        meta_parameters: how many numbers were learned.
+        command: what repeats the meta-training beside ``config.json``, the run's own record of its settings; one line for each
+            run where it began with the theta of another (``phase1_config.json``).
+        seed, device: of the meta-training.
+        cost: ``outer_steps``, and as far as the run recorded them ``inner_steps`` and ``seconds``.
+        tasks: what it was meta-trained on: names of tasks, families and suites.
+        data: data source -> its licence.
+        versions: of metaopt, torch and python when the entry was made.
+        scores: a race with it; see `metaopt.zoo.entry.scores_of`.
+        golden: the first losses of one training run: ``task``, ``content`` (its `metaopt.suite.content_hash`), ``seed``,
+            ``losses``, and ``rtol``, the relative difference that other machines may show.
+    """
+
+    name: str
+    summary: str
+    license: str
+    limits: str
+    created: str
+    sha256: str
+    learned_optimizer: str
+    options: dict[str, Any]
+    meta_parameters: int
+    command: str
+    seed: int
+    device: str
+    cost: dict[str, Any]
+    tasks: list[str]
+    data: dict[str, str]
+    versions: dict[str, str]
+    scores: dict[str, Any]
+    golden: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        may_be_empty = ("options", "data")  # a rule without options; tasks that are generated
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+            if isinstance(value, (str, list, dict)) and not value and name not in may_be_empty:
+                raise ValueError(f"{name} must not be empty; say what is known of it")
+        for name, wanted in (("golden", _GOLDEN), ("scores", _SCORES)):
+            missing = wanted - getattr(self, name).keys()
+            if missing:
+                raise ValueError(f"{name} must hold {', '.join(sorted(wanted))}; it lacks {', '.join(sorted(missing))}")
+
+
+_KINDS = {name: getattr(kind, "__origin__", kind) for name, kind in get_type_hints(Card).items()}
+_GOLDEN = {"task", "content", "seed", "losses", "rtol"}
+_SCORES = {"label", "protocol", "versions", "ranking", "aggregate", "entries", "differences", "against_adamw"}
+
+
+def read_card(directory: Path | str) -> Card:
+    """The card of the entry in ``directory``.
+
+    Raises:
+        ValueError: there is none, or it is not complete; says what is missing.
+    """
+    path = Path(directory) / CARD_FILE
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no card of a zoo entry ({error}); metaopt zoo add writes one") from None
+    known = {f.name for f in dataclasses.fields(Card)}
+    given = set(fields) if isinstance(fields, dict) else set()
+    if given != known:
+        lacks, foreign = sorted(known - given), sorted(given - known)
+        wrong = f"it lacks {', '.join(lacks)}" if lacks else f"{', '.join(foreign)} does not belong there"
+        raise ValueError(f"{path} is not a complete card: {wrong}")
+    try:
+        card = Card(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a complete card: {error}") from None
+    if card.name != path.parent.name:
+        raise ValueError(f"{path} is the card of {card.name!r}; an entry's directory has its name")
+    return card
+
+
+def entries(directory: Path | str) -> list[Spec]:
+    """What a plugin's ``metaopt_zoo_rules`` hook returns: one `Spec` for each entry (a directory with a card) in ``directory``.
+
+    An entry whose card is not complete is listed as unusable, so that it hides no other; using it says why.
+    """
+    return [_spec(path.parent) for path in sorted(Path(directory).glob(f"*/{CARD_FILE}"))]
+
+
+def _spec(directory: Path) -> Spec:
+    factory, arguments = "metaopt.zoo.entry:load", {"directory": str(directory)}
+    try:
+        card = read_card(directory)
+    except ValueError as error:
+        return Spec(directory.name, factory, f"unusable: {error}", defaults=arguments)
+    facts = {
+        "learned_optimizer": card.learned_optimizer,
+        "meta_parameters": card.meta_parameters,
+        "tasks": ", ".join(card.tasks),
+        "license": card.license,
+        "created": card.created,
+    }
+    return Spec(card.name, factory, card.summary, defaults=arguments, facts=facts)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def render(card: Card) -> str:
+    """The card as a page of Markdown."""
+    options = ", ".join(f"{name}={value!r}" for name, value in card.options.items())
+    cost = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in card.cost.items())
+    data = "; ".join(f"{name} ({licence})" for name, licence in card.data.items()) or "generated"
+    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
+    return f"""# {card.name}
+
+{card.summary}
+
+`{card.learned_optimizer}`({options}): {card.meta_parameters:,} meta-parameters. Licence: {card.license}. {card.created}.
+
+```python
+optimizer = metaopt.optimizer("zoo:{card.name}", model)
+```
+
+```
+metaopt race zoo:{card.name} adamw --tasks digits_conv
+metaopt export zoo:{card.name} --to {card.name}.py
+metaopt zoo verify {card.name}
+```
+
+## How it was made
+
+```
+{card.command}
+```
+
+Meta-trained on {", ".join(card.tasks)}; data: {data}. Seed {card.seed}, on {card.device}; {cost}. {versions}.
+`config.json` is beside this page. sha256 of the weights: `{card.sha256}`.
+
+## Scores
+
+{_scores(card.scores)}
+
+## Limits
+
+{card.limits}
+"""
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    protocol, ours = scores["protocol"], scores["label"]
+    others = [name for name in scores["ranking"] if name != ours]
+    tasks = list(scores["entries"][ours])
+    lines = [
+        f"A race over {len(tasks)} tasks ({', '.join(protocol['asked'])}), {protocol['seeds']} seeds each, learning rates "
+        f"tuned with {protocol['tuning_runs']} runs per contender and task. Score: normalised test loss over all tasks, "
+        "interquartile mean [95 % interval], lower is better. Better and worse: tasks on which the interval of the paired "
+        "difference of scores excludes zero.",
+        "",
+        f"| contender | score | {ours} better / worse than it | diverged |",
+        "|---|---|---|---|",
+    ]
+    for name in scores["ranking"]:
+        diverged = sum(entry["diverged"] for entry in scores["entries"][name].values())
+        between = "" if name == ours else " / ".join(map(str, _wins(scores["differences"][name])))
+        lines.append(f"| {name} | {_interval(scores['aggregate'][name])} | {between} | {diverged} |")
+    lines += [
+        "",
+        "Test losses, and the tuned learning rates:",
+        "",
+        f"| task | {ours} | {' | '.join(others)} |",
+        "|---" * (2 + len(others)) + "|",
+    ]
+    for task in tasks:
+        cells = [_cell(scores["entries"][name][task]) for name in (ours, *others)]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _wins(differences: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """On how many tasks the interval of (ours - theirs) lies below zero, and on how many above."""
+    intervals = [(found["low"], found["high"]) for found in differences.values() if found["low"] is not None]
+    return sum(high < 0 for _, high in intervals), sum(low > 0 for low, _ in intervals)
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    return _interval(entry["loss"]) + ("" if entry["lr"] is None else f", lr {entry['lr']:.2g}")
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    value, low, high = (
+        "∞" if number is None else f"{number:.4g}" for number in (found["iqm"], found["low"], found["high"])
+    )
+    return value if found["low"] is None else f"{value} [{low}, {high}]"

@@ -1,0 +1,91 @@
+"""Loading and verifying the entries of a zoo.
+
+An entry is a directory ``<name>/`` with ``theta.safetensors`` (from `metaopt.resolve.save_theta`), ``card.json``
+(`metaopt.zoo.card.Card`) and the page ``README.md`` made of it. Plugins offer entries through ``metaopt_zoo_rules``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from metaopt import registry
+from metaopt.learned import BoundRule
+from metaopt.resolve import THETA_FILE, load_theta, read_theta
+from metaopt.rule import UpdateRule
+from metaopt.suite import content_hash
+from metaopt.task import Task
+from metaopt.unroll import start, unroll
+from metaopt.zoo.card import PAGE_FILE, read_card, render
+
+
+def load(directory: Path | str) -> BoundRule:
+    """The rule of the entry in ``directory``.
+
+    Raises:
+        ValueError: its card is not complete, its weights are not those of the card, or its learned optimizer is not installed.
+    """
+    card = read_card(directory)
+    path = Path(directory) / THETA_FILE
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+    if found != card.sha256:
+        raise ValueError(f"{path} is not what its card describes: sha256 {found}, not {card.sha256}; install it again")
+    name, options, _ = read_theta(path)
+    if name != card.learned_optimizer or json.dumps(options) != json.dumps(card.options):
+        raise ValueError(f"{path} belongs to {name} {options}, its card says {card.learned_optimizer} {card.options}")
+    registry.get("learned_optimizer", name)  # a registered name: weights may not name code to import
+    return load_theta(path)
+
+
+def verify(directory: Path | str) -> float:
+    """Check an entry: its card is complete, its weights are the card's, its page is the card's, and it trains as recorded.
+
+    Returns:
+        The largest relative difference of a golden loss.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    rule, card = load(directory), read_card(directory)
+    page = Path(directory) / PAGE_FILE
+    if not page.is_file() or page.read_text() != render(card):
+        raise ValueError(f"{page} is not the page of its card; write metaopt.zoo.render(card) to it")
+    golden = card.golden
+    content, losses = golden_losses(rule, golden["task"], golden["seed"], len(golden["losses"]))
+    if content != golden["content"]:
+        raise ValueError(
+            f"the golden losses of {card.name} are of task {golden['task']} with content {golden['content']}, "
+            f"which is {content} here; its data or architecture have changed"
+        )
+    difference = max(abs(a - b) / abs(b) for a, b in zip(losses, golden["losses"], strict=True))
+    if not difference <= golden["rtol"]:
+        raise ValueError(
+            f"{card.name} does not train as it did: on {golden['task']} its losses are {_shown(losses)}, "
+            f"recorded were {_shown(golden['losses'])} (relative difference {difference:.1e}, allowed {golden['rtol']:.0e})"
+        )
+    return difference
+
+
+def golden_losses(rule: UpdateRule, task: str, seed: int, steps: int) -> tuple[str, list[float]]:
+    """The content hash of a named task, and the first losses [steps] of training it with ``rule`` on the CPU.
+
+    Raises:
+        ValueError: no such task, or a loss is not finite.
+    """
+    source = registry.create("task", task, device="cpu")
+    if not isinstance(source, Task):
+        raise ValueError(f"{task!r} is a family of tasks; golden losses are those of one task, for example digits_mlp")
+    with torch.no_grad():
+        losses, _ = unroll(source, rule, start(source, rule, [seed]), steps, backend="eager")
+    found = losses[0].tolist()
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"training {task} diverges in the first {steps} steps ({_shown(found)}); choose another task")
+    return content_hash(source), found
+
+
+def _shown(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.6g}" for loss in losses)

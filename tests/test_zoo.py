@@ -1,0 +1,379 @@
+"""A zoo: entries are made whole or not at all, found through plugins, used by name, and caught when they change."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import metaopt
+from metaopt import registry
+from metaopt.cli import main
+from metaopt.evaluate import race, save
+from metaopt.hookspecs import Spec, hookimpl
+from metaopt.learned import BoundRule, LearnedRule, digest
+from metaopt.meta.config import MetaTrainConfig, make_config, read_settings
+from metaopt.resolve import THETA_FILE, load_theta, resolve_rule, save_theta
+from metaopt.task import Task
+from metaopt.zoo import CARD_FILE, entries, read_card, render
+from metaopt.zoo.entry import load, verify
+from metaopt.zoo.make import GOLDEN_RTOL, add, scores_of
+from metaopt_learned.adafac_mlp import AdafacMLP
+
+SETTINGS = MetaTrainConfig(learned="small_fc_lopt", tasks=("digits_mlp", "digits_conv"), seed=3)
+CONFIG = json.loads(json.dumps(dataclasses.asdict(SETTINGS)))
+TOLD = {"license": "Apache-2.0", "summary": "a tiny one", "limits": "Only ten steps of one task."}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What meta-training leaves behind."""
+    directory = tmp_path_factory.mktemp("run")
+    learned = AdafacMLP(step_scale=0.01)
+    theta = learned.init_theta(torch.Generator().manual_seed(0))
+    save_theta(directory / THETA_FILE, "small_fc_lopt", learned, theta)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    lines = [{"step": i, "meta_loss": 1.0, "inner_steps": 320, "seconds": 0.5} for i in (1, 2, 3)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def raced(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("race")
+    contenders = {"mine": str(run), "adamw": "adamw", "fresh": _another()}
+    save(race(contenders, ["digits_mlp"], seeds=3, steps=5, grid=0, progress=False), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def zoo(run: Path, raced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A stranger's zoo of one entry, ``tiny``, whose plugin is installed."""
+    directory = tmp_path_factory.mktemp("zoo")
+    add(run, "tiny", directory, race=raced, **TOLD)
+
+    class Plugin:
+        @hookimpl
+        def metaopt_zoo_rules(self) -> list[Spec]:
+            return entries(directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = registry.Registry.discover()
+        found.register(Plugin(), "strangers")
+        patch.setattr(registry, "default", lambda: found)
+        yield directory
+
+
+def _another() -> BoundRule:
+    learned = AdafacMLP(step_scale=0.01)
+    return learned.bind(learned.init_theta(torch.Generator().manual_seed(1)))
+
+
+def _changed(zoo: Path, tmp_path: Path, **fields: Any) -> Path:
+    """A copy of the entry with some fields of its card changed; None removes one. Its page follows."""
+    copy = tmp_path / "tiny"
+    copy.mkdir()
+    for file in (zoo / "tiny").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    card = {**json.loads((copy / CARD_FILE).read_text()), **fields}
+    (copy / CARD_FILE).write_text(json.dumps({name: value for name, value in card.items() if value is not None}))
+    return copy
+
+
+# --- made -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_says_how_it_was_made(zoo: Path, run: Path) -> None:
+    card = read_card(zoo / "tiny")
+    assert (card.learned_optimizer, card.options["step_scale"], card.options["hidden"]) == ("small_fc_lopt", 0.01, 4)
+    assert card.meta_parameters == sum(value.numel() for value in load_theta(run).theta.values()) == 197
+    assert (card.seed, card.device, card.tasks) == (3, "cpu", ["digits_mlp", "digits_conv"])
+    assert card.cost == {"outer_steps": 3, "inner_steps": 960, "seconds": 2}
+    assert card.versions["torch"] == torch.__version__
+    assert "BSD" in card.data["digits"] or "CC" in card.data["digits"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", card.created)
+    assert card.command == f"metaopt meta-train --config config.json --out runs/{run.name}"
+    assert make_config(read_settings(zoo / "tiny" / "config.json")) == SETTINGS, "what the command reads"
+    assert hashlib.sha256((zoo / "tiny" / THETA_FILE).read_bytes()).hexdigest() == card.sha256
+
+
+def test_a_run_that_began_with_another_brings_it_along(run: Path, raced: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
+    for file in (THETA_FILE, "metrics.jsonl"):
+        (second / file).write_bytes((run / file).read_bytes())
+    (second / "config.json").write_text(json.dumps({**CONFIG, "seed": 4, "init_theta": str(run)}))
+    made = add(second, "two_phases", tmp_path / "zoo", race=raced, **TOLD)
+    card = read_card(made)
+    first, last = card.command.splitlines()
+    assert first == f"metaopt meta-train --config phase1_config.json --out runs/{run.name}"
+    assert last == "metaopt meta-train --config config.json --out runs/second"
+    assert json.loads((made / "phase1_config.json").read_text()) == CONFIG
+    config = json.loads((made / "config.json").read_text())
+    assert config["init_theta"] == f"runs/{run.name}", "where the first command leaves it, not where it was here"
+    assert (card.seed, card.cost["outer_steps"]) == (4, 6)
+
+
+def test_an_entry_keeps_the_race_with_intervals(zoo: Path, raced: Path) -> None:
+    scores = read_card(zoo / "tiny").scores
+    whole = json.loads((raced / "race.json").read_text())
+    assert scores["label"] == "mine", "found by its weights, not by its name"
+    for name in ("mine", "adamw", "fresh"):
+        assert scores["entries"][name]["digits_mlp"]["loss"] == whole["entries"][name]["digits_mlp"]["loss"]
+        assert scores["aggregate"][name] == whole["aggregate"][name]
+    ours, theirs = (whole["entries"][name]["digits_mlp"]["scores"] for name in ("mine", "adamw"))
+    found = scores["differences"]["adamw"]["digits_mlp"]
+    assert found["iqm"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3, rel=1e-6), "of three numbers: their mean"
+    assert found["low"] < found["iqm"] < found["high"] and "mine" not in scores["differences"]
+
+
+def test_wins_are_the_intervals_that_exclude_zero(zoo: Path) -> None:
+    card = read_card(zoo / "tiny")
+    intervals = {"a": (-3.0, -1.0), "b": (-2.0, 0.5), "c": (0.1, 0.2), "d": (-0.2, -0.1), "e": (None, None)}
+    card.scores["differences"]["adamw"] = {
+        task: {"iqm": 0.0, "low": low, "high": high, "count": 3} for task, (low, high) in intervals.items()
+    }
+    row = next(line for line in render(card).splitlines() if line.startswith("| adamw |"))
+    assert "| 2 / 1 |" in row
+
+
+def test_nothing_is_written_of_an_entry_that_cannot_be_made(zoo: Path, run: Path, raced: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("config.json", "metrics.jsonl"):
+        (other / file).write_bytes((run / file).read_bytes())
+    bound = _another()
+    save_theta(other / THETA_FILE, "small_fc_lopt", bound.learned, {n: 2 * v for n, v in bound.theta.items()})
+    into = tmp_path / "zoo"
+    for arguments, message in (
+        ((run, "Two Words", into, raced), "lower-case letters, digits and underscores, got 'Two Words'"),
+        ((raced, "tiny", into, raced), "is no directory of a meta-training run: it holds no config.json"),
+        ((run, "tiny", into, run), "is no directory of a race: it holds no race.json"),
+        ((other, "tiny", into, raced), "none of the contenders adamw, fresh, mine of that race has the weights"),
+        ((run, "tiny", zoo, raced), "is there already"),
+    ):
+        *first, at = arguments
+        with pytest.raises(ValueError, match=message):
+            add(*first, race=at, **TOLD)
+    with pytest.raises(ValueError, match="limits must not be empty"):
+        add(run, "tiny", into, race=raced, **{**TOLD, "limits": ""})
+    assert not into.exists() or not list(into.iterdir())
+
+
+def test_a_race_of_weights_on_another_device_or_in_another_order_is_still_theirs(run: Path) -> None:
+    theta = load_theta(run).theta
+    assert digest(dict(reversed(theta.items()))) == digest(theta)
+    changed = {**theta, "b0": theta["b0"] + 1e-7}
+    assert digest(changed) != digest(theta)
+    with pytest.raises(ValueError, match="none of the contenders a of that race"):
+        scores_of({"contenders": {"a": {"theta": digest(changed)}}}, digest(theta))
+
+
+# --- used -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_trains_like_its_run(zoo: Path, run: Path) -> None:
+    results = []
+    for rule in ("zoo:tiny", str(run)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        optimizer = metaopt.optimizer(rule, model, lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(torch.ones(3, 4)) ** 2).mean().backward()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+    assert resolve_rule("zoo:tiny", lr=0.25).hp["lr"] == 0.25
+
+
+def test_an_entry_races_and_is_exported(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = Task.from_module(
+        lambda: torch.nn.Linear(3, 1), torch.nn.functional.mse_loss,
+        {"train": (torch.randn(40, 3), torch.randn(40, 1))}, name="line", horizon=4,
+    )  # fmt: skip
+    result = race(["zoo:tiny", "sgd"], [task], seeds=2, grid=0, progress=False)
+    assert result.contenders["zoo:tiny"]["theta"] == digest(resolve_rule("zoo:tiny").theta)  # type: ignore[attr-defined]
+    assert main(["export", "zoo:tiny", "--to", str(tmp_path / "tiny.py")]) == 0
+    assert "class Tiny(Optimizer)" in (tmp_path / "tiny.py").read_text()
+
+
+def test_an_unknown_entry_is_one_sentence(zoo: Path) -> None:
+    with pytest.raises(ValueError, match="no zoo rule is called 'tyni'; there are tiny"):
+        metaopt.optimizer("zoo:tyni", [torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match="no zoo rule is called 'os:system'"):
+        resolve_rule("zoo:os:system")
+
+
+# --- verified ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_verifies(zoo: Path) -> None:
+    assert verify(zoo / "tiny") <= 1e-6, "the same machine repeats the losses up to the printing of them"
+
+
+def test_installed_entries_verify() -> None:
+    for spec in registry.Registry.discover().specs("zoo_rule").values():
+        assert verify(spec.defaults["directory"]) <= GOLDEN_RTOL
+
+
+def test_tolerance_tells_other_weights_from_rounding(zoo: Path, tmp_path: Path) -> None:
+    rule = load_theta(zoo / "tiny")
+    nudged = {name: value * (1 + 1e-6) for name, value in rule.theta.items()}  # ten times float32's rounding
+    other = {name: value * 1.05 for name, value in rule.theta.items()}
+    for theta, passes in ((nudged, True), (other, False)):
+        copy = tmp_path / str(passes)
+        copy.mkdir()
+        path = save_theta(copy / THETA_FILE, "small_fc_lopt", rule.learned, theta)
+        made = _changed(zoo, copy, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        (made / THETA_FILE).write_bytes(path.read_bytes())
+        (made / "README.md").write_text(render(read_card(made)))
+        if passes:
+            verify(made)
+        else:
+            with pytest.raises(ValueError, match="does not train as it did: on digits_mlp its losses are"):
+                verify(made)
+
+
+def test_weights_that_are_not_the_cards_are_refused(zoo: Path, tmp_path: Path) -> None:
+    copy = _changed(zoo, tmp_path)
+    data = bytearray((copy / THETA_FILE).read_bytes())
+    data[-1] ^= 1
+    (copy / THETA_FILE).write_bytes(data)
+    (plugin,) = entries(tmp_path)
+    with pytest.raises(ValueError, match="is not what its card describes: sha256"):
+        load(plugin.defaults["directory"])
+    (copy / THETA_FILE).unlink()
+    with pytest.raises(ValueError, match="sha256 nothing"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"limits": None}, "is not a complete card: it lacks limits"),
+        ({"limits": ""}, "limits must not be empty"),
+        ({"tasks": []}, "tasks must not be empty"),
+        ({"seed": "three"}, "seed must be a int, got 'three'"),
+        ({"stars": 5}, "stars does not belong there"),
+        ({"name": "other"}, "is the card of 'other'"),
+        ({"golden": {"task": "digits_mlp"}}, "golden must hold .*; it lacks content, losses, rtol, seed"),
+        ({"learned_optimizer": "nothing"}, "belongs to small_fc_lopt"),
+        ({"summary": "a tiny two"}, "README.md is not the page of its card"),
+    ],
+)
+def test_a_card_that_is_not_complete_is_refused(
+    fields: dict[str, Any], message: str, zoo: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify(_changed(zoo, tmp_path, **fields))
+
+
+def test_a_changed_task_is_told_apart_from_a_changed_rule(zoo: Path, tmp_path: Path) -> None:
+    golden = {**read_card(zoo / "tiny").golden, "content": "0" * 12}
+    copy = _changed(zoo, tmp_path, golden=golden)
+    with pytest.raises(ValueError, match="its data or architecture have changed"):
+        verify(copy)
+
+
+def test_weights_name_no_code_to_run(tmp_path: Path) -> None:
+    """The metadata of a file of numbers comes from whoever wrote it."""
+
+    class Named(LearnedRule):
+        def __init__(self) -> None: ...
+        def declared(self) -> dict[str, Any]:
+            return {}
+
+        values = declared
+        init_theta = init = update = lambda *arguments: None  # type: ignore[assignment]
+
+    path = save_theta(tmp_path / THETA_FILE, "os:system", Named(), {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="names 'os:system', which is no learned rule"):
+        load_theta(path)
+
+
+def test_weights_of_another_version_are_refused(tmp_path: Path) -> None:
+    theta = AdafacMLP().init_theta(torch.Generator())
+    for changed, message in (
+        ({**theta, "w0": theta["w0"][:30]}, r"w0 is \(30, 4\), expected \(39, 4\)"),
+        ({**theta, "zeta": torch.zeros(2)}, r"zeta is \(2,\), expected none"),
+        ({name: value for name, value in theta.items() if name != "b1"}, r"b1 is absent, expected \(4,\)"),
+    ):
+        path = save_theta(tmp_path / "old.safetensors", "small_fc_lopt", AdafacMLP(), changed)
+        with pytest.raises(ValueError, match=f"do not fit small_fc_lopt: {message}"):
+            load_theta(path)
+    (tmp_path / "torn.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        load_theta(tmp_path / "torn.safetensors")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_command_lists_shows_and_verifies(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "list"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny"))
+    assert "a tiny one" in row and "small_fc_lopt" in row and "Apache-2.0" in row and "strangers" in row
+    assert main(["zoo", "show", "tiny"]) == 0
+    assert capsys.readouterr().out == (zoo / "tiny" / "README.md").read_text()
+    assert main(["zoo", "show", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["limits"] == TOLD["limits"]
+    assert main(["zoo", "verify"]) == 0
+    assert "tiny: good; recorded losses repeat to" in capsys.readouterr().out
+
+
+def test_command_adds(run: Path, raced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = [part for name, value in TOLD.items() for part in (f"--{name}", value)]
+    given = ["zoo", "add", str(run), "mine", "--race", str(raced), "--to", str(tmp_path), "--task", "digits_mlp", *told]
+    assert main(given) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"], "no temporary directory is left"
+    assert main(given) == 2
+    assert "is there already; published weights do not change" in capsys.readouterr().err
+
+
+def test_a_broken_entry_hides_no_other(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    _changed(zoo, tmp_path, limits=None)
+    (tmp_path / "sound").mkdir()
+    for file in (zoo / "tiny").iterdir():
+        text = file.read_bytes()
+        (tmp_path / "sound" / file.name).write_bytes(
+            text.replace(b'"name": "tiny"', b'"name": "sound"') if file.name == CARD_FILE else text
+        )
+    (tmp_path / "sound" / "README.md").write_text(render(read_card(tmp_path / "sound")))
+
+    class Plugin:
+        @hookimpl
+        def metaopt_zoo_rules(self) -> list[Spec]:
+            return entries(tmp_path)
+
+    found = registry.Registry.discover()
+    found.register(Plugin(), "mixed")
+    monkeypatch.setattr(registry, "default", lambda: found)
+    assert main(["zoo", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "unusable" in out and "it lacks limits" in out and "sound" in out
+    assert main(["zoo", "verify"]) == 2
+    told = capsys.readouterr()
+    assert "sound: good" in told.out and "tiny: " in told.out
+    assert "1 of 2 entries failed: tiny" in told.err
+
+
+def test_listing_imports_no_torch(zoo: Path) -> None:
+    code = (
+        "import sys\n"
+        "from metaopt.zoo import entries\n"
+        f"assert [spec.name for spec in entries({str(zoo)!r})] == ['tiny']\n"
+        "from metaopt.cli import main\n"
+        "assert main(['zoo', 'list']) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
