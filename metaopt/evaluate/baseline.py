@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from scipy.optimize import isotonic_regression
 
 from metaopt import registry
 from metaopt.evaluate.course import Course, seed_streams
@@ -93,6 +92,8 @@ class Curve:
 
         A loss that is not finite counts as the untrained one, and so does one above that.
         """
+        from scipy.optimize import isotonic_regression  # slow to import, and much that imports this never scores
+
         losses = np.array([math.nan if value is None else value for value in self.losses], dtype=float)
         finite = losses[np.isfinite(losses)]
         start = losses[0] if np.isfinite(losses[0]) else np.max(finite, initial=0.0)

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 _INFINITE = 1e120  # stands for +inf, for which inf - inf would be NaN; beyond float32, and its square is finite
 _INFINITE_FROM = 1e100
@@ -68,6 +67,8 @@ def estimate(
     Raises:
         ValueError: a task without scores.
     """
+    from scipy import stats  # here and below: slow to import, and not every run has statistics
+
     samples = [_finite(scores) for scores in strata]
     if not samples or not all(len(sample) for sample in samples):
         raise ValueError("every task needs at least one score for an estimate; run at least one seed on each")
@@ -91,11 +92,15 @@ def estimate(
 
 
 def _iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    from scipy import stats
+
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def _expanded(level: float, sizes: list[int]) -> float:
     """Hesterberg's expanded level; degrees of freedom add up over tasks, the variance factor is that of the mean n."""
+    from scipy import stats
+
     freedom = sum(size - 1 for size in sizes)
     quantile = stats.t.ppf((1 + level) / 2, freedom) * math.sqrt(sum(sizes) / freedom)
     return min(1 - 2 * float(stats.norm.cdf(-quantile)), 1 - 1e-9)

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# has the process group as a default argument: imported later, it would keep gloo's threads alive until the process exits,
+# which they sometimes abort
+import torch.distributed.nn
 from torch import Tensor
 
 from metaopt import tree
@@ -62,7 +66,7 @@ def process_group(device: str = "cpu", timeout: timedelta = timedelta(minutes=30
     Args:
         device: where the inner runs go; for "cuda" each process's current device becomes the GPU of its local rank.
         timeout: how long a process waits for the others before it stops with an error. A process that dies is noticed at
-            once, a machine that falls silent after this time; rank 0 evaluates while the others wait.
+            once, a machine that falls silent after this time, in which the slowest share of an evaluation must fit.
 
     Raises:
         ValueError: ``device`` names one GPU for all, or there are fewer GPUs than processes on this machine.

@@ -46,6 +46,8 @@ def main(directory: Path, victim: int, steps: list[int]) -> None:
             meta_train(config(estimator), directory / f"{estimator}_killed", progress=False, shard=shard)
         for estimator in ESTIMATORS:
             meta_train(config(estimator), directory / f"{estimator}_unbroken", progress=False, shard=shard)
+    left = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in left), f"threads that may abort the exit: {left}"
     if shard.rank == 0:
         (directory / "restarts").write_text(str(restarts))
 
