@@ -256,6 +256,7 @@ def fresh_state(rule: UpdateRule, params: Params, role: str | None) -> State:
     taken = {_storage(p) for p in wide.values()}
     for slots in state.values():
         slots |= {slot: value.clone() for slot, value in slots.items() if _storage(value) in taken}
+        slots |= {slot: _summed(value) for slot, value in slots.items() if _is_sharded(value)}
         slots["step"] = 0
     return state
 
@@ -336,6 +337,14 @@ def _placed(value: Any, like: Any) -> Tensor:
 def _is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, whose module takes a second to import."""
     return hasattr(tensor, "to_local")
+
+
+def _summed(tensor: Any) -> Tensor:
+    """A DTensor without sums that are still to be made: rows of a sharded matrix start as such, and cannot be assigned to."""
+    from torch.distributed.tensor import Replicate
+
+    places = [Replicate() if place.is_partial() else place for place in tensor.placements]
+    return tensor.redistribute(placements=places)
 
 
 def _flattenable(tensor: Any) -> Any:

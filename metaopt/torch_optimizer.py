@@ -114,16 +114,21 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"loss_group must be 'world', a torch.distributed process group or None, got {loss_group!r}"
             )
+        inner = _innermost(rule)
+        if isinstance(inner, BoundRule) and inner.stacked:
+            raise ValueError(
+                f"theta of {title(rule)} holds several copies; bind one of them: bind(tree.index(theta, k))"
+            )
         self.rule = rule
         self.execution = execution
         self.horizon = horizon
         self.loss_group = loss_group
-        self.loss: Any = None
         self._prepare()
         super().__init__(params, rule.values())
 
     def _prepare(self) -> None:
-        """What follows from the rule; not saved."""
+        """What follows from the rule, and the loss of the next step; not saved."""
+        self.loss: Any = None
         declared = self.rule.declared()
         self._hyper = {name: d for name, d in declared.items() if isinstance(d, Hyper)}
         self._options = _options(self.rule)
@@ -158,7 +163,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return validate_all(declared, {name: group[name] for name in declared if name in group}, owner)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("rule", "execution", "horizon", "loss_group", "loss")}
+        kept = {name: getattr(self, name) for name in ("rule", "execution", "horizon", "loss_group")}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -298,6 +303,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._variant(group)  # refuses a bad option
             if params:
                 work.append(Work(group, hp, [], params, grads, [self.state[p] for p in params]))
+        devices = {p.device for one in work for p in one.params}
+        if len(devices) > 1 and isinstance(_innermost(self.rule), BoundRule):
+            raise ValueError(
+                f"{title(self.rule)} runs on one device, where its theta is, but parameters are on "
+                f"{', '.join(sorted(map(str, devices)))}; use an optimizer for each device"
+            )
         missing = not all(["step" in state for one in work for state in one.states])
         if missing or not all([self._variant(one.group).is_direct for one in work]):
             names = {id(p): name for name, p in self._named()}
@@ -319,9 +330,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _variant(self, group: Mapping[str, Any]) -> _Variant:
         values = tuple([group[name] for name in self._options])
         if values not in self._variants:
-            whole = inner = self.rule.replaced(**dict(zip(self._options, values, strict=True)))
-            while isinstance(inner, Chain):
-                inner = inner.rule
+            whole = self.rule.replaced(**dict(zip(self._options, values, strict=True)))
+            inner = _innermost(whole)
             self._variants[values] = _Variant(whole, inner, self._executor(inner))
         return self._variants[values]
 
@@ -377,9 +387,15 @@ def _has_transform(rule: Declared) -> bool:
 
 def title(rule: UpdateRule) -> str:
     """What error messages call a rule: the name of its class, or of the learned rule's."""
+    inner = _innermost(rule)
+    return type(inner.learned if isinstance(inner, BoundRule) else inner).__name__
+
+
+def _innermost(rule: UpdateRule) -> UpdateRule:
+    """What is left of a rule inside its chains."""
     while isinstance(rule, Chain):
         rule = rule.rule
-    return type(rule.learned if isinstance(rule, BoundRule) else rule).__name__
+    return rule
 
 
 def _described(value: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrun import torchrun
 
 import metaopt
+from metaopt import tree
 from metaopt.perparameter import in_place
 from metaopt.program import compiler
 from metaopt.rule import Chain
@@ -116,6 +117,24 @@ def test_a_missing_horizon_names_the_rule() -> None:
 def test_a_wrong_loss_group_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss_group must be 'world', a torch.distributed process group or None"):
         metaopt.optimizer("adamw", net().parameters(), loss_group="all")  # type: ignore[arg-type]
+
+
+def test_stacked_theta_is_refused() -> None:
+    """It is for the copies of an unroll; a step would fail deep inside, or broadcast."""
+    rule = AdafacMLP()
+    theta = tree.stack([rule.init_theta(torch.Generator().manual_seed(i)) for i in range(2)])
+    with pytest.raises(ValueError, match=r"theta of AdafacMLP holds several copies"):
+        metaopt.optimizer(rule.bind(theta, stacked=True), net().parameters())
+
+
+def test_parameters_on_two_devices_are_refused_before_anything_moves() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = make("velo", params)
+    with pytest.raises(ValueError, match=r"VeLO runs on one device, .* on cpu, meta"):
+        optimizer.step(1.0)
+    assert torch.equal(params[0], torch.ones(3)) and not optimizer.state[params[0]]
 
 
 # -- executions --
