@@ -45,6 +45,7 @@ class LinearSystem:
     """s_t = 0.95 s_{t-1} + 0.1 (theta + 0.3 cos(t) A theta), s_0 = 1, in 16 dimensions; loss |s_t - 0.5|^2 / 2."""
 
     size = 16
+    worst: float | None = None
 
     def __init__(self, horizon: int) -> None:
         generator = torch.Generator().manual_seed(0)

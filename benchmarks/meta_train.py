@@ -6,6 +6,8 @@ Whole outer steps on one thread: 64-32-10 MLP on digits, batch 64; PES with N an
 staggered episodes of 100 steps; outer Adam, lr 3e-4. An inner step is loss, gradient and update of one of the 2 N runs.
 Figures are medians of CPU time, which other processes on the machine disturb less than wall time. The first outer step is
 that of ``metaopt meta-train`` in a process of its own, with and without compiled steps in the cache.
+
+Beside it the same work by google/learned_optimization: measured here where it can be imported, else as in `PEER`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peer_learned_optimization
 import torch
 from report import machine
 from rich.console import Console
@@ -48,7 +51,7 @@ PEER: dict[str, dict[int, int]] = {
     "AdafacMLP, hidden 32": {16: 1140, 64: 902},
 }
 """Inner steps per CPU-second of google/learned_optimization (commit 32186aa, JAX 0.10.2) at this work, on one core of an AMD
-EPYC; medians of 12 outer steps or more, compiling excluded."""
+EPYC that other processes kept busy; medians of 12 outer steps or more, compiling excluded."""
 
 
 def outer_steps(learned: LearnedRule, pairs: int, rounds: int) -> list[float]:
@@ -70,6 +73,14 @@ def outer_steps(learned: LearnedRule, pairs: int, rounds: int) -> list[float]:
         outer.step()
         times.append(time.process_time() - began)
     return times[EPISODE // WINDOW :]
+
+
+def peer() -> dict[str, Any]:
+    """Whether the peer's figures are measured here, and of which versions they are."""
+    try:
+        return {"measured_here": True} | peer_learned_optimization.versions()
+    except ImportError as error:
+        return {"measured_here": False, "why": str(error), "learned_optimization": "32186aa", "jax": "0.10.2"}
 
 
 def first_outer_step(name: str, options: dict[str, Any], cache: Path) -> dict[str, float]:
@@ -98,19 +109,24 @@ def main() -> None:
     table = Table(title="PES, digits MLP 64-32-10, one thread: inner steps per CPU-second (over the peer's)")
     for column in ("learned optimizer", *(f"N = {n}" for n in given.pairs), "first outer step, cold / warm cache"):
         table.add_column(column, justify="left" if column == "learned optimizer" else "right")
-    rows = []
+    rows, beside = [], peer()
     for label, options in RULES.items():
         options = dict(options)
         name = options.pop("name")
         learned = registry.create("learned_optimizer", name, **options)
-        row: dict[str, Any] = {"rule": label, "steps_per_cpu_second": {}, "peer": PEER.get(label, {})}
+        row: dict[str, Any] = {"rule": label, "steps_per_cpu_second": {}, "peer": {}, "peer_first_outer_step": {}}
         cells = []
         for n in given.pairs:
             seconds = statistics.median(outer_steps(learned, n, given.rounds))
             speed = 2 * n * WINDOW / seconds
-            peer = PEER.get(label, {}).get(n)
             row["steps_per_cpu_second"][n] = speed
-            cells.append(f"{speed:,.0f}" + (f" ({speed / peer:.1f}x)" if peer else ""))
+            if label in PEER and beside["measured_here"]:
+                found = peer_learned_optimization.measure(label, n, given.rounds)
+                row["peer"][n] = found["steps_per_cpu_second"]
+                row["peer_first_outer_step"][n] = found["first_outer_step"]
+            elif n in PEER.get(label, {}):
+                row["peer"][n] = PEER[label][n]
+            cells.append(f"{speed:,.0f}" + (f" ({speed / row['peer'][n]:.1f}x)" if n in row["peer"] else ""))
             console.print(f"{label}, N = {n}: {cells[-1]}", style="dim")
         with tempfile.TemporaryDirectory() as cache:
             row["first_outer_step"] = {
@@ -121,8 +137,9 @@ def main() -> None:
         rows.append(row)
     console.print(table)
     console.print(f"C++ compiler: {compiler() or 'none'}")
+    console.print(f"learned_optimization: {beside}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "compiler": bool(compiler()), "rows": rows}
+    content = {"machine": machine(), "compiler": bool(compiler()), "peer": beside, "rows": rows}
     given.out.write_text(json.dumps(content, indent=2) + "\n")
     console.print(f"written: {given.out}")
 

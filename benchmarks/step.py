@@ -21,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,42 +39,60 @@ from metaopt_learned.adafac_mlp import AdafacMLP
 from metaopt_learned.celo2 import Celo2
 from metaopt_learned.velo import VeLO
 
+Shapes = dict[str, tuple[int, ...]]
+"""Of each parameter by its name, which tells rules its role."""
+Named = list[tuple[str, nn.Parameter]]
 
-def mlp_1m() -> list[tuple[int, ...]]:
+
+def mlp(*widths: int) -> Shapes:
+    """Linear layers between these widths."""
+    found: Shapes = {}
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
+        found |= {f"{i}.weight": (outputs, inputs), f"{i}.bias": (outputs,)}
+    return found
+
+
+def gpt(width: int, layers: int, tokens: int, positions: int) -> Shapes:
+    """A transformer but for its output layer."""
+    block: Shapes = {
+        "norm1.weight": (width,), "norm1.bias": (width,), "qkv.weight": (3 * width, width), "qkv.bias": (3 * width,),
+        "proj.weight": (width, width), "proj.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
+        "up.weight": (4 * width, width), "up.bias": (4 * width,), "down.weight": (width, 4 * width), "down.bias": (width,),
+    }  # fmt: skip
+    blocks = {f"{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
+    norm: Shapes = {"norm.weight": (width,), "norm.bias": (width,)}
+    return {"token.embedding": (tokens, width), "position.embedding": (positions, width), **blocks, **norm}
+
+
+def mlp_1m() -> Shapes:
     """784-784-500-10."""
-    return [(784, 784), (784,), (500, 784), (500,), (10, 500), (10,)]
+    return mlp(784, 784, 500, 10)
 
 
-def gpt_10m() -> list[tuple[int, ...]]:
+def gpt_10m() -> Shapes:
     """6 layers of width 384 and a vocabulary of 65."""
-    width, layers = 384, 6
-    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
-             (4 * width, width), (4 * width,), (width, 4 * width), (width,)]  # fmt: skip
-    return [(65, width), (256, width), *(block * layers), (width,), (width,), (65, width)]
+    return {**gpt(384, 6, 65, 256), "head.weight": (65, 384)}
 
 
-def tiny_200() -> list[tuple[int, ...]]:
+def tiny_200() -> Shapes:
     """200 matrices of 32 x 32."""
-    return [(32, 32)] * 200
+    return {f"{i}.weight": (32, 32) for i in range(200)}
 
 
-Contenders = Callable[[Callable[[], list[nn.Parameter]], str], dict[str, torch.optim.Optimizer]]
+Contenders = Callable[[Callable[[], Named], str], dict[str, torch.optim.Optimizer]]
 Clock = Callable[[], float]
 
 SETS = {"mlp 1M": mlp_1m, "gpt 10M": gpt_10m, "200 small": tiny_200}
 
 
-def pylo_mlp() -> list[tuple[int, ...]]:
+def pylo_mlp() -> Shapes:
     """784-704-704-10."""
-    return [(704, 784), (704,), (704, 704), (704,), (10, 704), (10,)]
+    return mlp(784, 704, 704, 10)
 
 
-def pylo_gpt() -> list[tuple[int, ...]]:
+def pylo_gpt() -> Shapes:
     """10 layers of width 256 and a vocabulary of 8192, which the output shares: 124 tensors."""
-    width = 256
-    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
-             (4 * width, width), (4 * width,), (width, 4 * width), (width,)]  # fmt: skip
-    return [(8192, width), (128, width), *(block * 10), (width,), (width,)]
+    return gpt(256, 10, 8192, 128)
 
 
 LEARNED_SETS = {"mlp 1M": pylo_mlp, "gpt 10M": pylo_gpt}
@@ -86,7 +105,7 @@ LEARNED: dict[str, tuple[LearnedRule, tuple[int, int] | None]] = {
 """The rules, and PyLO's cost in units of AdamW foreach on the two models."""
 
 
-def contenders(params: Callable[[], list[nn.Parameter]], device: str) -> dict[str, torch.optim.Optimizer]:
+def contenders(params: Callable[[], Named], device: str) -> dict[str, torch.optim.Optimizer]:
     """Every optimizer on parameters of its own."""
     made: dict[str, torch.optim.Optimizer] = {
         "torch AdamW fused": torch.optim.AdamW(params(), fused=True),
@@ -101,7 +120,7 @@ def contenders(params: Callable[[], list[nn.Parameter]], device: str) -> dict[st
     return made
 
 
-def learned_contenders(params: Callable[[], list[nn.Parameter]], device: str) -> dict[str, torch.optim.Optimizer]:
+def learned_contenders(params: Callable[[], Named], device: str) -> dict[str, torch.optim.Optimizer]:
     """AdamW, and every learned optimizer as it is and without a compiler."""
     made: dict[str, torch.optim.Optimizer] = {"torch AdamW foreach": torch.optim.AdamW(params(), foreach=True)}
     for name, (learned, _) in LEARNED.items():
@@ -119,7 +138,7 @@ def without_compiler(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def measure(
-    shapes: list[tuple[int, ...]],
+    shapes: Shapes,
     device: str,
     rounds: int,
     make: Contenders = contenders,
@@ -127,12 +146,14 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds of one step, and peak MB above what was there before it, per optimizer."""
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    gradients = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
 
-    def params() -> list[nn.Parameter]:
-        made = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
-        for p, g in zip(made, gradients, strict=True):
-            p.grad = g.clone()
+    def params() -> Named:
+        made = [
+            (name, nn.Parameter(torch.randn(g.shape, generator=generator).to(device))) for name, g in gradients.items()
+        ]
+        for name, p in made:
+            p.grad = gradients[name].clone()
         return made
 
     optimizers = make(params, device)

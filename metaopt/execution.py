@@ -19,7 +19,6 @@ from metaopt.program.inplace import compile_in_place
 from metaopt.program.program import Program
 from metaopt.rule import (
     Context,
-    ElementwiseRule,
     GradientTransform,
     HyperValues,
     ParamInfo,
@@ -189,17 +188,9 @@ class NetworkExecutor:
             step_in_place(self.learned, theta, tree.grads, tree.state, mine, tree.hp, tree.ctx, cpp=cpp)
             count_step([one.of(mine) for one in work])
         if rest:
-            self._step_rest([one.of(rest) for one in work], foreign)
-
-    def _step_rest(self, work: Sequence[Work], foreign: set[str]) -> None:
-        other = self.learned.other
-        if isinstance(other, ElementwiseRule):
-            self._other = self._other or Executor(other.program, self.execution)
+            self._other = self._other or Executor(self.learned.other.program, self.execution)
             for one in work:
-                self._other.step(one)
-        else:
-            step_plain(other, Tree.of([one for one in work if one.names], None, None), foreign, None)
-            count_step(work)
+                self._other.step(one.of(rest))
 
 
 # --- any rule, as it is written ---------------------------------------------------------------------------------------

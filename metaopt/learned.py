@@ -21,6 +21,7 @@ class LearnedRule(Declared):
 
     needs_loss = False
     needs_horizon = False
+    needs_roles = False
 
     @abstractmethod
     def init_theta(self, generator: Generator) -> Theta:
@@ -65,7 +66,7 @@ class BoundRule(UpdateRule, eq=False):
 
     def requirements(self) -> set[str]:
         """What the learned rule needs."""
-        return {what for what in ("loss", "horizon") if getattr(self.learned, f"needs_{what}")}
+        return {what for what in ("loss", "horizon", "roles") if getattr(self.learned, f"needs_{what}")}
 
     def to(self, device: Any) -> BoundRule:
         """The same rule with theta on ``device``."""

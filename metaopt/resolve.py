@@ -69,6 +69,9 @@ def save_theta(path: Path | str, name: str, learned: LearnedRule, theta: Theta) 
 def load_theta(path: Path | str) -> BoundRule:
     """A learned rule bound to meta-parameters from `save_theta` (a file, or a run directory that holds one).
 
+    Where the learned optimizer is the user's own (``file.py:Name``), the file names that, and it is imported: load such a
+    file only from whom you trust. An entry of a zoo may name registered ones only.
+
     Raises:
         ValueError: no such file, not one that `save_theta` wrote, or one that does not fit its learned optimizer.
     """
@@ -108,10 +111,12 @@ def read_theta(path: Path | str) -> tuple[str, dict[str, Any], Theta]:
     if "metaopt" not in metadata:
         raise ValueError(f"{path} does not say which learned optimizer it belongs to; write it with save_theta")
     written = json.loads(metadata["metaopt"])
-    options = {key: _hashable(value) for key, value in written["options"].items()}
+    options = {key: hashable(value) for key, value in written["options"].items()}
     return written["learned_optimizer"], options, theta
 
 
-def _hashable(value: Any) -> Any:
-    """JSON knows no tuples, and options are never lists."""
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+def hashable(value: Any) -> Any:
+    """Lists become tuples, at any depth: JSON and TOML know no tuples, and options are never lists."""
+    if isinstance(value, dict):
+        return {key: hashable(item) for key, item in value.items()}
+    return tuple(map(hashable, value)) if isinstance(value, list) else value

@@ -251,12 +251,14 @@ class Declared:
 class UpdateRule(Declared, ABC):
     """A pure optimizer over a whole tree of parameters; it mutates nothing and owns no tensors.
 
-    Class attributes ``needs_loss``, ``needs_closure``, ``needs_horizon`` say what the rule requires in `Context`.
+    Class attributes ``needs_loss``, ``needs_closure``, ``needs_horizon`` say what the rule requires in `Context`;
+    ``needs_roles`` says that shapes alone, from which roles are guessed where there are no names, mislead it.
     """
 
     needs_loss: ClassVar[bool] = False
     needs_closure: ClassVar[bool] = False
     needs_horizon: ClassVar[bool] = False
+    needs_roles: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, params: Params, info: Mapping[str, ParamInfo]) -> State:
@@ -269,9 +271,9 @@ class UpdateRule(Declared, ABC):
         """One step: new parameters and new state, same names, shapes and dtypes as those given."""
 
     def requirements(self) -> set[str]:
-        """Which of ``loss``, ``closure``, ``horizon`` this rule or any part of it needs."""
+        """Which of ``loss``, ``closure``, ``horizon``, ``roles`` this rule or any part of it needs."""
         rules = [self, *(part for part in self.parts().values() if isinstance(part, UpdateRule))]
-        needed = {what for what in ("loss", "closure", "horizon") if getattr(type(self), f"needs_{what}")}
+        needed = {what for what in ("loss", "closure", "horizon", "roles") if getattr(type(self), f"needs_{what}")}
         for part in rules[1:]:
             needed |= part.requirements()
         return needed

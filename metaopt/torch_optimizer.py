@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
@@ -125,6 +128,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.loss_group = loss_group
         self._prepare()
         super().__init__(params, rule.values())
+        if "roles" in self._needed and any(map(_lacks_roles, self.param_groups)):
+            warnings.warn(
+                f"{title(rule)} treats embeddings and outputs apart from hidden weights, but these parameters have neither "
+                "names nor roles, so all of their matrices count as hidden; pass the module, model.named_parameters() or "
+                "groups with role=...",
+                stacklevel=3,
+            )
 
     def _prepare(self) -> None:
         """What follows from the rule, and the loss of the next step; not saved."""
@@ -163,6 +173,26 @@ class RuleOptimizer(torch.optim.Optimizer):
         return validate_all(declared, {name: group[name] for name in declared if name in group}, owner)
 
     def __getstate__(self) -> dict[str, Any]:
+        """For pickle.
+
+        Raises:
+            TypeError: ``loss_group`` is a process group, which only its processes know.
+        """
+        if isinstance(self.loss_group, distributed.ProcessGroup):
+            raise TypeError(
+                "an optimizer whose loss_group is a process group cannot be pickled; save its state_dict(), or set "
+                "loss_group to 'world' or None first"
+            )
+        return self._everything()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RuleOptimizer:
+        """A copy that shares the process group, of which there are no copies."""
+        memo[id(self.loss_group)] = self.loss_group
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self._everything(), memo))
+        return made
+
+    def _everything(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("rule", "execution", "horizon", "loss_group")}
         return {**super().__getstate__(), **kept}
 
@@ -271,7 +301,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _seen(self, loss: Any) -> Tensor | None:
         """The loss as rules see it, 0-d: of all processes one, since replicas that see different ones drift apart."""
         needed = "loss" in self._needed
-        number = loss.numel() == 1 if isinstance(loss, Tensor) else hasattr(loss, "__float__")
+        # arrays have __float__, whatever their size
+        number = math.prod(loss.shape) == 1 if hasattr(loss, "shape") else hasattr(loss, "__float__")
         if not number:
             if needed:
                 raise TypeError(f"the loss must be a number or a tensor of one element, got {_described(loss)}")
@@ -367,6 +398,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 yield name, p
 
 
+def _lacks_roles(group: Mapping[str, Any]) -> bool:
+    """Whether its matrices cannot be told from one another."""
+    return "role" not in group and "param_names" not in group and any(p.dim() > 1 for p in group["params"])
+
+
 def _options(rule: Declared) -> tuple[str, ...]:
     return tuple(name for name, declared in rule.declared().items() if isinstance(declared, Option))
 
@@ -399,7 +435,7 @@ def _innermost(rule: UpdateRule) -> UpdateRule:
 
 
 def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return f"{type(value).__name__} of shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
 
 
 def _number(value: Any) -> Any:

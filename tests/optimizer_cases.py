@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -95,8 +96,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
 
 
 def make(rule: str | UpdateRule, params: Any, execution: Any = "auto", **options: Any) -> RuleOptimizer:
-    """An optimizer of one of `RULES`, or of the rule itself."""
-    return RuleOptimizer(RULES[rule]() if isinstance(rule, str) else rule, params, execution, horizon=100, **options)
+    """An optimizer of one of `RULES`, or of the rule itself, which may guess the roles of parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* neither names nor roles")
+        return RuleOptimizer(
+            RULES[rule]() if isinstance(rule, str) else rule, params, execution, horizon=100, **options
+        )
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -42,9 +42,7 @@ class Synthetic(PerParameterRule):
                 theta |= {f"{kind}_w{i}": weight, f"{kind}_b{i}": bias + 0.1 * noise}
         return theta
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         like = next(iter(theta.values()))
         counts = {"momentum": self.seen.momentum, "rms": self.seen.rms, "factored": self.seen.factored}
         decays = {kind: 1 - 0.5 ** torch.arange(1.0, n + 1).to(like) for kind, n in counts.items() if n}

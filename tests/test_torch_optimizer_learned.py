@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from optimizer_cases import RULES, backward, flat, learned, make, net, train
-from torch import Tensor, nn
+from optimizer_cases import RULES, assert_same_state, backward, flat, learned, make, net, train
+from torch import Tensor, distributed, nn
 from torchrun import torchrun
 
 import metaopt
 from metaopt import tree
 from metaopt.perparameter import in_place
 from metaopt.program import compiler
-from metaopt.rule import Chain
+from metaopt.rule import Chain, UpdateRule
 from metaopt.torch_optimizer import RuleOptimizer
 from metaopt_classic.wrappers import ClipByGlobalNorm
 from metaopt_learned.adafac_mlp import AdafacMLP
+from metaopt_learned.celo import Celo
+from metaopt_learned.celo2 import Celo2
+from metaopt_learned.mulo import MuLO
 
 IN_PLACE = ["foreach", pytest.param("cpp", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
 
@@ -33,6 +39,7 @@ GIVEN: dict[str, Any] = {
     "keyword": lambda optimizer, loss: optimizer.step(loss=loss),
     "number": lambda optimizer, loss: optimizer.step(loss.item()),
     "one element": lambda optimizer, loss: optimizer.step(loss.reshape(1, 1).requires_grad_()),
+    "array": lambda optimizer, loss: optimizer.step(loss.numpy().reshape(1)),
     "closure": lambda optimizer, loss: optimizer.step(lambda: loss),
     "attribute": by_attribute,
 }
@@ -66,8 +73,9 @@ def test_the_loss_changes_the_step() -> None:
         (lambda o: o.step(lambda: None), ValueError, r"VeLO needs the loss"),
         (lambda o: o.step([1.0]), TypeError, r"the loss must be a number or a tensor of one element, got list"),
         (lambda o: o.step("low"), TypeError, r"the loss must be a number .*, got str"),
-        (lambda o: o.step(torch.zeros(2)), TypeError, r"the loss must be .*, got a tensor of shape \(2,\)"),
-        (lambda o: o.step(lambda: torch.zeros(2)), TypeError, r"got a tensor of shape \(2,\)"),
+        (lambda o: o.step(torch.zeros(2)), TypeError, r"the loss must be .*, got Tensor of shape \(2,\)"),
+        (lambda o: o.step(np.zeros(2)), TypeError, r"the loss must be .*, got ndarray of shape \(2,\)"),
+        (lambda o: o.step(lambda: torch.zeros(2)), TypeError, r"got Tensor of shape \(2,\)"),
         (lambda o: o.step(1.0, loss=2.0), TypeError, r"the loss was given twice"),
         (lambda o: o.step(lambda: 1.0, loss=2.0), TypeError, r"a closure or a loss, not both"),
     ],
@@ -117,6 +125,53 @@ def test_a_missing_horizon_names_the_rule() -> None:
 def test_a_wrong_loss_group_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss_group must be 'world', a torch.distributed process group or None"):
         metaopt.optimizer("adamw", net().parameters(), loss_group="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rule", [Celo2(), MuLO(), Chain(ClipByGlobalNorm(1.0), learned(Celo2()))], ids=lambda r: type(r).__name__
+)
+def test_a_rule_that_goes_by_roles_warns_once_where_there_are_none(rule: Any) -> None:
+    """Celo2 would orthogonalise embeddings, and muLO divide their steps, and nobody would see why it learns badly."""
+    rule = rule if isinstance(rule, UpdateRule) else learned(rule)
+    with pytest.warns(
+        UserWarning, match=r"neither names nor roles.*pass the module, model.named_parameters\(\) or"
+    ) as found:
+        optimizer = metaopt.optimizer(rule, net().parameters())
+    assert len(found) == 1 and found[0].filename == __file__
+    copy.deepcopy(optimizer)  # warnings are errors here
+    metaopt.optimizer(rule, net())
+    metaopt.optimizer(rule, net().named_parameters())
+    metaopt.optimizer(rule, [{"params": list(net().parameters()), "role": "hidden"}])
+    metaopt.optimizer(rule, [nn.Parameter(torch.zeros(3))])
+
+
+def test_copies_share_the_process_group_and_pickles_refuse_it() -> None:
+    """Lightning and others copy optimizers; a group cannot be copied, and one that became "world" could wait for ever."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = distributed.new_group([0])
+        model = net()
+        optimizer = make("velo", model.parameters(), loss_group=group)
+        train(model, optimizer, 2)
+        other = copy.deepcopy(optimizer)
+        assert other.loss_group is group
+        assert_same_state(optimizer, other)
+        assert all(p is not q for p, q in zip(other.param_groups[0]["params"], model.parameters(), strict=True))
+        with pytest.raises(TypeError, match="cannot be pickled; save its state_dict"):
+            pickle.dumps(optimizer)
+    finally:
+        distributed.destroy_process_group()
+    world = pickle.loads(pickle.dumps(make("adamw", net().parameters())))
+    assert world.loss_group == "world"
+
+
+def test_celo_in_its_first_phase_asks_for_neither_loss_nor_horizon() -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    metaopt.optimizer(learned(Celo(phase=1)), [p]).step()
+    assert not torch.equal(p, torch.ones(3))
+    with pytest.raises(ValueError, match="Celo needs the planned number of steps"):
+        metaopt.optimizer(learned(Celo(phase=1).replaced(phase=2)), [p])
 
 
 def test_stacked_theta_is_refused() -> None:

@@ -123,6 +123,38 @@ def test_a_run_that_began_with_another_brings_it_along(run: Path, raced: Path, t
     assert (card.seed, card.cost["outer_steps"]) == (4, 6)
 
 
+def _phase(directory: Path, run: Path, **settings: Any) -> Path:
+    """A run like ``run``, with other settings."""
+    directory.mkdir(parents=True)
+    for file in (THETA_FILE, "metrics.jsonl"):
+        (directory / file).write_bytes((run / file).read_bytes())
+    settings = dataclasses.asdict(dataclasses.replace(SETTINGS, **settings))
+    (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_a_card_names_the_data_of_all_phases_and_says_where_they_are_not_known(
+    run: Path, raced: Path, tmp_path: Path
+) -> None:
+    imported = tmp_path / "imported.safetensors"
+    imported.write_bytes((run / THETA_FILE).read_bytes())
+    first = _phase(tmp_path / "a" / "x", run, tasks=("suite:fast", "mine.py:secret"), init_theta=str(imported))
+    wrapped = {"name": "rescaled", "options": {"task": "wine_mlp", "options": {"data": "iris"}}}
+    second = _phase(tmp_path / "b" / "x", run, tasks=(wrapped, "quadratic"), init_theta=str(first))
+    made = add(second, "two", tmp_path / "zoo", race=raced, **TOLD)
+    card = read_card(made)
+    assert {"digits", "textures8", "shapes8", "wine", "iris"} <= card.data.keys()
+    assert card.data["data of mine.py:secret"] == card.data["data of init_theta.safetensors"] == "unknown"
+    known = {name for name in card.data if not name.startswith("data of")}
+    assert "unknown" not in {card.data[name] for name in known}
+    assert card.tasks[:2] == ["suite:fast", "mine.py:secret"]
+    assert card.tasks[2:] == ["rescaled(task='wine_mlp', options={'data': 'iris'})", "quadratic"]
+    assert [line.partition("--out ")[2] for line in card.command.splitlines()] == ["runs/phase1_x", "runs/phase2_x"]
+    configs = [json.loads((made / file).read_text()) for file in ("phase1_config.json", "config.json")]
+    assert [config["init_theta"] for config in configs] == ["init_theta.safetensors", "runs/phase1_x"]
+    assert (made / "init_theta.safetensors").read_bytes() == imported.read_bytes()
+
+
 def test_an_entry_keeps_the_race_with_intervals(zoo: Path, raced: Path) -> None:
     scores = read_card(zoo / "tiny").scores
     whole = json.loads((raced / "race.json").read_text())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from metaopt.resolve import hashable
 from metaopt.suite import listed, refuse_held_out, refuse_held_out_data
 
 ON_DIVERGENCE = ("exclude", "worst")
@@ -103,10 +104,18 @@ class MetaTrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), str(f.type))
         for name in ("tasks", "evaluate_on"):
             object.__setattr__(self, name, _chosen(name, getattr(self, name)))
-        _refuse_text("freeze", self.freeze)
+        for pattern in self.freeze:
+            _check_type("a pattern in freeze", pattern, "str")
         object.__setattr__(self, "freeze", tuple(self.freeze))
+        for option, setting in (("lr", "outer_lr"), ("horizon", "outer_steps")):
+            if option in self.outer_options:
+                raise ValueError(
+                    f"outer_options must not hold {option!r}, got {self.outer_options[option]!r}; set {setting}"
+                )
         least = {
             "resample_every": 1, "outer_steps": 1, "warmup": 0, "clip_norm": 0, "evaluate_every": 0, "evaluate_seeds": 1,
             "patience": 0, "checkpoint_every": 1,
@@ -142,8 +151,12 @@ class MetaTrainConfig:
         if self.patience and not self.evaluate_every:
             raise ValueError(f"patience counts evaluations, got {self.patience} and none; set evaluate_every")
         for choice in (*self.task_choices, *self.evaluation_choices):
-            refuse_held_out([choice.name, *_given(choice.options, "task")], "meta-training")
-            refuse_held_out_data(_given(choice.options, "data"), "meta-training")
+            if "device" in choice.options:
+                raise ValueError(
+                    f"options of {choice.name} must not hold 'device', got {choice.options['device']!r}; set device for all"
+                )
+            refuse_held_out([choice.name, *texts_in(choice.options, "task")], "meta-training")
+            refuse_held_out_data(texts_in(choice.options, "data"), "meta-training")
 
     @property
     def task_choices(self) -> tuple[TaskChoice, ...]:
@@ -191,11 +204,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         values = read(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no {kind}: {error}") from error
-    return {name: _hashable(value) for name, value in values.items()}
+    return {name: hashable(value) for name, value in values.items()}
 
 
-def _chosen(name: str, items: Any) -> tuple[TaskChoice, ...]:
-    _refuse_text(name, items)
+def _chosen(name: str, items: Sequence[Any]) -> tuple[TaskChoice, ...]:
     chosen: list[TaskChoice] = []
     for item in items:
         if isinstance(item, str):
@@ -206,26 +218,38 @@ def _chosen(name: str, items: Any) -> tuple[TaskChoice, ...]:
             chosen.append(TaskChoice(**item))
         else:
             raise ValueError(f"{name} holds names, or mappings with name and options, got {item!r}")
+    for choice in chosen:
+        _check_type(f"the name of a task in {name}", choice.name, "str")
+        _check_type(f"options of {choice.name}", choice.options, "Mapping")
     return tuple(chosen)
 
 
-def _refuse_text(name: str, items: Any) -> None:
-    if isinstance(items, str):
-        raise ValueError(f"{name} must be a list, got {items!r}; write [{items!r}]")
+_KINDS: Mapping[str, tuple[type | tuple[type, ...], str, str]] = {
+    "str": (str, "text", "'cpu'"),
+    "int": (int, "an integer", "10"),
+    "float": ((int, float), "a number", "0.1"),
+    "Mapping": (Mapping, "a table of names and values", "{'pairs': 16}"),
+    "Sequence": ((list, tuple), "a list", "['digits_mlp']"),
+}
+"""Annotation of a setting -> what is accepted, its name, and an example."""
 
 
-def _given(options: Mapping[str, Any], name: str) -> list[str]:
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    kind = annotation.removesuffix(" | None").partition("[")[0]
+    accepted, wanted, example = _KINDS[kind]
+    if value is None and annotation.endswith(" | None"):
+        return
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        example = f"[{value!r}]" if kind == "Sequence" and isinstance(value, str) else example
+        raise ValueError(f"{name} must be {wanted}, got {value!r}; write {example}")
+
+
+def texts_in(options: Mapping[str, Any], name: str) -> list[str]:
     """The texts that an option may become, at any depth: a family may hold it among its ranges, or for a task inside."""
     found: list[str] = []
     for key, value in options.items():
         if isinstance(value, Mapping):
-            found += _given(value, name)
+            found += texts_in(value, name)
         elif key == name:
             found += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
     return found
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _hashable(item) for key, item in value.items()}
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -23,6 +23,9 @@ class GradientEstimator(Declared, ABC):
     checkpoints do not depend on the number of processes. All randomness is a pure function of (seed, window number, copy).
 
     A copy whose loss was not finite in a window is counted, left out of the mean, and starts a new episode with the next.
+    One whose losses are finite and whose contribution is not (an overflow) is counted and left out alike. Where the inner
+    problem has a worst loss, a loss that is not finite counts as that one; its copy stays in the mean, is counted as
+    ``worst`` instead, and starts a new episode all the same.
     """
 
     @abstractmethod
@@ -36,7 +39,8 @@ class GradientEstimator(Declared, ABC):
         """One window: the meta-gradient (like theta), the new carry, and metrics.
 
         The gradient is the mean over the copies of all processes. Metrics hold at least ``meta_loss`` (mean finite loss
-        at theta), ``diverged`` (copies left out) and ``inner_steps`` (steps run, both signs counted), over all processes.
+        at theta), ``diverged`` (copies left out), ``worst`` (copies with losses that count as the worst) and ``inner_steps``
+        (steps run, both signs counted), over all processes.
         """
 
 
@@ -70,28 +74,45 @@ def episode_seeds(seed: int, copies: Tensor, episode: int | Tensor) -> Tensor:
     return hash64(hash64(hash64(torch.tensor(seed)) + copies) + episode)
 
 
-def mean_of_live(contributions: Tensor, live: Tensor, clip: float, shard: Shard) -> Tensor:
-    """The meta-gradient [D]: the mean over the live copies of all processes; 0 where none is alive.
+def mean_of_live(contributions: Tensor, live: Tensor, clip: float, shard: Shard) -> tuple[Tensor, int]:
+    """The meta-gradient [D], and how many copies it is the mean of: those of all processes that are live and whose
+    contribution is finite; 0 where there is none.
 
     Args:
-        contributions: [n, D], of this process's copies; anything in the rows of the others.
+        contributions: [n, D], of this process's copies; anything in the rows of those that are not live.
         live: bool [n].
         clip: a row is scaled down to this norm, which biases the mean towards the many and small; 0 = never.
         shard: of this process.
     """
-    rows = torch.where(live.unsqueeze(1), contributions, torch.zeros_like(contributions))
+    sound = live & torch.isfinite(contributions).all(1)
+    rows = torch.where(sound.unsqueeze(1), contributions, torch.zeros_like(contributions))
     if clip:
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         rows = rows * (clip / norms.clamp(min=clip))
-    total = shard.sum(torch.cat([rows.sum(0), live.sum().reshape(1).to(rows)]))
-    return total[:-1] / total[-1].clamp(min=1)
+    total = shard.sum(torch.cat([rows.sum(0), sound.sum().reshape(1).to(rows)]))
+    return total[:-1] / total[-1].clamp(min=1), int(total[-1])
 
 
-def window_metrics(losses: Tensor, live: Tensor, inner_steps: int) -> dict[str, float]:
-    """The metrics of `GradientEstimator.estimate`, from the losses and live copies of all processes."""
+def as_worst(losses: Tensor, worst: float | None) -> Tensor:
+    """``losses``, with ``worst`` for those that are not finite; as they are for None."""
+    return losses if worst is None else torch.where(torch.isfinite(losses), losses, worst)
+
+
+def window_metrics(losses: Tensor, count: int, inner_steps: int, worst: float | None) -> dict[str, float]:
+    """The metrics of `GradientEstimator.estimate`.
+
+    Args:
+        losses: [N, ...], of the copies of all processes; not finite where one diverged.
+        count: of the copies in the mean.
+        inner_steps: see there.
+        worst: the inner problem's.
+    """
+    died = float((~torch.isfinite(losses).reshape(len(losses), -1).all(1)).sum())
+    losses = as_worst(losses, worst)
     finite = losses[torch.isfinite(losses)]
     return {
         "meta_loss": float(finite.mean()) if finite.numel() else float("nan"),
-        "diverged": float((~live).sum()),
+        "diverged": float(len(losses) - count),
+        "worst": 0.0 if worst is None else died,
         "inner_steps": float(inner_steps),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from metaopt.evaluate.baseline import EXAMPLES, Curve, baseline_of
 from metaopt.evaluate.course import Course, seed_streams
 from metaopt.meta.config import TaskChoice
 from metaopt.meta.shard import Shard
-from metaopt.meta.tasks import create, labels
+from metaopt.meta.tasks import create, family_of, labels
 from metaopt.rule import UpdateRule
 from metaopt.task import Task
 
@@ -20,18 +21,20 @@ from metaopt.task import Task
 @dataclass
 class _Item:
     label: str
+    family: str
     course: Course
     curve: Curve | None
     seeds: list[int]
 
     def score(self, rule: UpdateRule) -> float:
-        """Mean over the runs; see `Evaluation`."""
+        """Mean over the runs; see `Evaluation`. NaN counts as -1, the worst."""
         carry = self.course.start(rule, self.seeds)
         _, carry = self.course.train(rule, carry, self.course.steps, None)
         losses = self.course.losses(carry, self.course.task.valid, EXAMPLES)
         if self.curve is not None:
             return sum(self.curve.score(loss) for loss in losses.tolist()) / len(losses)
-        return float(1 - self.course.scores(losses, self.seeds).double().mean())
+        score = float(1 - self.course.scores(losses, self.seeds).double().mean())
+        return -1.0 if math.isnan(score) else score
 
 
 class Evaluation:
@@ -63,7 +66,14 @@ class Evaluation:
             curve = baseline_of(choice.name, source) if isinstance(source, Task) else None
             # other seeds than those of a race, which may judge on the same tasks
             _, seeds = seed_streams(seed, f"evaluation of {label}", 0, runs)
-            self._items.append(_Item(label, Course.of(source, None, device, backend), curve, seeds))
+            self._items.append(
+                _Item(label, family_of(choice.name), Course.of(source, None, device, backend), curve, seeds)
+            )
+
+    @property
+    def families(self) -> dict[str, str]:
+        """Of each label."""
+        return {item.label: item.family for item in self._items}
 
     def scores(self, rule: UpdateRule, shard: Shard) -> dict[str, float]:
         """Score by label. The tasks are divided among the processes; collective."""

@@ -24,7 +24,14 @@ class InnerProblem(Protocol):
     """A process in time that depends on theta: M copies, each with its own theta and random stream.
 
     Estimators know nothing else, so they work for learned optimizers and for two-line toys alike.
+
+    Attributes:
+        worst: what a loss that is not finite counts as; None: its copy is left out.
     """
+
+    @property
+    def worst(self) -> float | None:
+        """See the class."""
 
     def lengths(self, seeds: Tensor, window: int) -> Tensor:
         """Steps of the episodes that begin with these seeds, int64 [M] at least 1: a pure function of seed and window."""
@@ -55,7 +62,7 @@ class TrainingRuns:
         backend: of the unroll.
         family: where its members stack (``task`` is one of them), each run trains the member that its seed draws.
         frozen: the part of the meta-parameters that ``theta`` lacks, without copy dimension.
-        on_divergence: ``exclude`` makes the losses of a diverged run NaN; ``worst`` the worst normalised loss.
+        on_divergence: ``exclude``, or ``worst``: a diverged run's losses count as the worst normalised one.
         windows_before: added to the number of the window, where this problem goes on with another's schedule.
         judge_split: whose examples `judge` takes: ``train`` or ``valid``.
         judge_batches: batches that `judge` averages over.
@@ -71,6 +78,11 @@ class TrainingRuns:
     windows_before: int = 0
     judge_split: str = "train"
     judge_batches: int = 16
+
+    @property
+    def worst(self) -> float | None:
+        """The worst normalised loss, if that is what a diverged run counts as."""
+        return None if self.on_divergence == "exclude" else float(self.task.normalize(torch.tensor(torch.nan)))
 
     def lengths(self, seeds: Tensor, window: int) -> Tensor:
         """As the schedule says."""
@@ -122,8 +134,7 @@ class TrainingRuns:
     def _scored(self, losses: Tensor) -> Tensor:
         finite = torch.isfinite(losses)
         scores = self.task.normalize(torch.where(finite, losses, 1.0))  # so that no NaN enters its derivative
-        worst = torch.nan if self.on_divergence == "exclude" else self.task.normalize(losses.new_tensor(torch.nan))
-        return torch.where(finite, scores, worst)
+        return torch.where(finite, scores, torch.nan)
 
 
 def write_copies(state: Any, at: Tensor, fresh: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metaopt.files import write_atomic
+from metaopt.meta.shard import Shard
 
 Line = dict[str, Any]
 """Metrics of one outer step; ``docs/meta-training.md`` lists them."""
@@ -83,20 +85,18 @@ def _read(path: Path, done: int) -> list[Line]:
     return lines
 
 
-class TensorBoard:
-    """The numbers of each line as TensorBoard scalars, nested names with a slash.
+def require_tensorboard(shard: Shard) -> None:
+    """Raise ``ValueError`` on every process if that of rank 0, which writes, has no TensorBoard; collective."""
+    if shard.broadcast(find_spec("tensorboard") is None):
+        raise ValueError("TensorBoard needs the extra 'tensorboard': pip install 'torch-metaopt[tensorboard]'")
 
-    Raises:
-        ValueError: TensorBoard is not installed.
-    """
+
+class TensorBoard:
+    """The numbers of each line as TensorBoard scalars, nested names with a slash."""
 
     def __init__(self, directory: Path, done: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "TensorBoard needs the extra 'tensorboard': pip install 'torch-metaopt[tensorboard]'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(directory), purge_step=done + 1)
 
     def update(self, line: Line) -> None:
@@ -110,7 +110,7 @@ class TensorBoard:
 
 
 class LiveView:
-    """Meta-loss, losses by task or family, speed, divergence, best evaluation and time left, on the terminal (stderr).
+    """Meta-loss, speed, divergence, best evaluation and time left; of each family its loss and last score; on stderr.
 
     Args:
         steps: outer steps of the whole run.
@@ -130,7 +130,8 @@ class LiveView:
         self._bar = Progress(*columns, console=self._console)
         self._handle = self._bar.add_task("", total=steps, completed=len(lines))
         self._meta_loss: float | None = None
-        self._losses: dict[str, dict[str, float]] = {"losses": {}, "families": {}}
+        self._losses: dict[str, float] = {}
+        self._scores: dict[str, float] = {}
         self._diverged = 0
         self._best: tuple[float, int] | None = None
         self._speed: float | None = None
@@ -163,14 +164,15 @@ class LiveView:
     def _take(self, line: Line) -> None:
         if line["meta_loss"] is not None:
             self._meta_loss = _smoothed(self._meta_loss, line["meta_loss"])
-        for what, smooth in self._losses.items():
-            for name, loss in line[what].items():
-                if loss is not None:
-                    smooth[name] = _smoothed(smooth.get(name), loss)
+        for family, loss in line["families"].items():
+            if loss is not None:
+                self._losses[family] = _smoothed(self._losses.get(family), loss)
         self._diverged += sum(line["diverged"].values())
         if line["seconds"]:
             self._speed = _smoothed(self._speed, line["inner_steps"] / line["seconds"])
-        score = line.get("evaluation", {}).get("score")
+        evaluation = line.get("evaluation", {})
+        self._scores = evaluation.get("families", self._scores)
+        score = evaluation.get("score")
         if score is not None and (self._best is None or score > self._best[0]):
             self._best = (score, line["step"])
 
@@ -182,13 +184,14 @@ class LiveView:
             said.append(f"{self._diverged} copies diverged")
         if self._best is not None:
             said.append(f"best score {self._best[0]:.3f} at {self._best[1]}")
-        table = Table.grid(padding=(0, 2))
-        rows = self._losses["losses" if len(self._losses["losses"]) <= _ROWS else "families"]
-        for name, loss in sorted(rows.items())[:_ROWS] if len(rows) > 1 else ():
-            table.add_row(name, f"{loss:.4f}")
-        if len(rows) > _ROWS:
-            table.add_row(f"and {len(rows) - _ROWS} more", "")
-        return Group(self._bar, Text(", ".join(said)), table)
+        table = Table("family", "loss", "last score", box=None, padding=(0, 2, 0, 0))
+        families = sorted({*self._losses, *self._scores})
+        for name in families[:_ROWS]:
+            loss, score = self._losses.get(name), self._scores.get(name)
+            table.add_row(name, "" if loss is None else f"{loss:.4f}", "" if score is None else f"{score:.3f}")
+        if len(families) > _ROWS:
+            table.add_row(f"and {len(families) - _ROWS} more")
+        return Group(self._bar, Text(", ".join(said)), table if families else Text())
 
 
 def _smoothed(old: float | None, new: float) -> float:

@@ -36,7 +36,7 @@ class Shard:
         return own
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value`` (numbers, text, bytes and containers of them) on every process."""
+        """Rank 0's ``value`` (numbers, text, bytes, CPU tensors and containers of them) on every process."""
         return value
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Generator
 
 from metaopt import registry, tree
-from metaopt.evaluate.baseline import baseline_of
+from metaopt.evaluate.baseline import Curve, baseline_of
 from metaopt.learned import LearnedRule, Theta
 from metaopt.meta.config import MetaTrainConfig, TaskChoice
 from metaopt.meta.estimator import GradientEstimator
@@ -39,7 +39,7 @@ class MetaTask:
         self, choice: TaskChoice, label: str, number: int, config: MetaTrainConfig, learned: LearnedRule, frozen: Theta
     ) -> None:
         self.label, self._choice = label, choice
-        self.family = _family(choice.name)
+        self.family = family_of(choice.name)
         self.windows = 0
         self.carry: dict[str, Any] | None = None
         self._config, self._learned, self._frozen = config, learned, frozen
@@ -70,15 +70,25 @@ class MetaTask:
             fresh = estimator.start(self._inner_problem(), theta, 0, shard)
             self.carry = tree.map_tree(lambda value, like: value.to(like.device), self.carry, fresh)
 
-    @cached_property
-    def baseline(self) -> float | None:
-        """Mean normalised test loss of tuned AdamW in the course of an episode; None where its curve is not archived."""
-        task = self._source
-        if not isinstance(task, Task) or (curve := baseline_of(self._choice.name, task)) is None:
+    def baseline(self, objective: str) -> float | None:
+        """Normalised test loss of tuned AdamW in an episode of the expected length; None where its curve is not archived.
+
+        Args:
+            objective: which of the episode's losses an estimator reports: ``mean``, ``min``, ``last``, or ``recomputed``
+                (after the last step).
+        """
+        task, curve = self._source, self._curve
+        if not isinstance(task, Task) or curve is None:
             return None
+        length = round(float(self._inner_problem().lengths(torch.arange(256), self.windows).double().mean()))
         losses = torch.tensor([torch.nan if loss is None else loss for loss in curve.losses])
-        episode = range(self._config.horizon or curve.horizon)
-        return float(np.interp(episode, curve.steps, task.normalize(losses).numpy()).mean())
+        episode = np.interp(range(length + 1), curve.steps, task.normalize(losses).numpy())
+        ends = {"min": episode[:-1].min(), "last": episode[-2], "recomputed": episode[-1]}
+        return float(ends.get(objective, episode[:-1].mean()))
+
+    @cached_property
+    def _curve(self) -> Curve | None:
+        return baseline_of(self._choice.name, self._source) if isinstance(self._source, Task) else None
 
     @property
     def _is_resampled(self) -> bool:
@@ -141,6 +151,7 @@ def labels(choices: Sequence[TaskChoice]) -> list[str]:
     return found
 
 
-def _family(name: str) -> str:
+def family_of(name: str) -> str:
+    """The family of a registered task; its own name if it has none."""
     spec = registry.specs("task").get(name)
     return spec.facts.get("family", name) if spec else name

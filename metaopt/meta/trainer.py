@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,13 +21,13 @@ from torch.nn.utils import get_total_norm
 
 from metaopt import registry, tree
 from metaopt.files import write_atomic
-from metaopt.learned import LearnedRule, Theta
+from metaopt.learned import LearnedRule, Theta, digest
 from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.curriculum import Curriculum, draw
 from metaopt.meta.estimator import GradientEstimator
 from metaopt.meta.evaluation import Evaluation
-from metaopt.meta.run_log import METRICS_FILE, Line, RunLog
+from metaopt.meta.run_log import METRICS_FILE, Line, RunLog, require_tensorboard
 from metaopt.meta.shard import ALONE, Shard
 from metaopt.meta.tasks import MetaTask, labels
 from metaopt.resolve import THETA_FILE, load_theta, save_theta
@@ -107,6 +107,8 @@ def meta_train(
     """
     directory, leads = Path(directory), shard.rank == 0
     path = directory / CONFIG_FILE
+    if tensorboard:
+        require_tensorboard(shard)
     there = shard.broadcast(json.loads(path.read_text()) if leads and path.exists() else {})
     _require_same_config(there, config, directory)
     run = _Run(config, shard, load_checkpoint(directory / CHECKPOINT_FILE, shard))
@@ -139,6 +141,7 @@ def _train(run: _Run, directory: Path, log: RunLog | None, on_evaluation: Callab
             # all processes stop at the same step
             stops = float(run.shard.sum(torch.tensor(float(is_interrupted())))) > 0
             if stops or run.is_finished or run.step % run.config.checkpoint_every == 0:
+                run.require_same_theta()
                 save_checkpoint(directory / CHECKPOINT_FILE, run.content(), run.shard)
             if on_evaluation is not None and "evaluation" in line:
                 on_evaluation(run.step, line["evaluation"]["score"])
@@ -165,7 +168,10 @@ class _Run:
         self.learned: LearnedRule = registry.create("learned_optimizer", config.learned, **config.learned_options)
         self.estimator: GradientEstimator = registry.create("estimator", config.estimator, **config.estimator_options)
         self.curriculum: Curriculum = registry.create("curriculum", config.curriculum, **config.curriculum_options)
-        theta = _initial_theta(config, self.learned) if saved is None else saved["theta"]
+        if saved is None:  # of one process: files and random numbers of another machine may differ
+            theta = shard.broadcast(_initial_theta(config, self.learned) if shard.rank == 0 else None)
+        else:
+            theta = saved["theta"]
         theta = {name: value.to(config.device) for name, value in theta.items()}
         trained = _unfrozen(theta, config.freeze)
         self._names = tuple(theta)
@@ -182,7 +188,8 @@ class _Run:
             )
         named = enumerate(zip(config.task_choices, labels(config.task_choices), strict=True))
         self.tasks = [MetaTask(choice, label, i, config, self.learned, self.frozen) for i, (choice, label) in named]
-        self._baselines = self._archived_losses() if self.curriculum.needs_regret else [0.0] * len(self.tasks)
+        for task in self.tasks:
+            self._baseline(task)  # refuses a task without one
         self.regret = torch.full((len(self.tasks),), torch.inf, dtype=torch.float64)
         self.taken = torch.zeros(len(self.tasks), dtype=torch.int64)
         self.evaluation = Evaluation(
@@ -228,23 +235,24 @@ class _Run:
         losses = {task.label: one["meta_loss"] for task, one in metrics.items()}
         meta_loss, lr = _mean(losses.values()), self.config.lr_at(self.step)
         # of a task whose copies have all diverged the estimate is zero
-        gradients = [gradient for gradient, _ in estimates.values() if 0 < _norm(gradient) < math.inf]
+        usable = {i: gradient for i, (gradient, _) in estimates.items() if 0 < _norm(gradient) < math.inf}
+        gradients = list(usable.values())
         norm = self._update(gradients, lr, meta_loss) if gradients else None
         self.step += 1
         for i in estimates:
-            if math.isfinite(losses[self.tasks[i].label]):
-                self.regret[i] = losses[self.tasks[i].label] - self._baselines[i]
+            self.regret[i] = losses[self.tasks[i].label] - self._baseline(self.tasks[i])
             self.taken[i] = self.step
+        known = self.regret[self.regret.isfinite()]
+        self.regret.nan_to_num_(nan=float(known.max()) if len(known) else math.inf, posinf=math.inf)
         steps, seconds = sum(one["inner_steps"] for one in metrics.values()), time.perf_counter() - began
         line = {
             "step": self.step,
             "meta_loss": meta_loss,
             "losses": {label: _mean([loss]) for label, loss in losses.items()},
-            "families": {
-                family: _mean([losses[task.label] for task in metrics if task.family == family])
-                for family in sorted({task.family for task in metrics})
-            },
+            "families": _by_family(losses, {task.label: task.family for task in metrics}),
             "diverged": {task.label: int(one["diverged"]) for task, one in metrics.items()},
+            "worst": {task.label: int(one["worst"]) for task, one in metrics.items()},
+            "left_out": [self.tasks[i].label for i in estimates if i not in usable],
             "skipped": not gradients,
             "gradient_norm": norm,
             "lr": lr,
@@ -255,6 +263,20 @@ class _Run:
         if every and (self.step % every == 0 or self.step == self.config.outer_steps):
             line["evaluation"] = self._evaluate()
         return line
+
+    def require_same_theta(self) -> None:
+        """Collective.
+
+        Raises:
+            RuntimeError: the processes hold different thetas.
+        """
+        own = digest(self.theta)
+        differs = own != self.shard.broadcast(own)
+        if float(self.shard.sum(torch.tensor(float(differs)))):
+            raise RuntimeError(
+                f"the processes hold different thetas after outer step {self.step}, which is not saved; start the same "
+                f"command again to go on from the last checkpoint, with one version of torch on one kind of processor"
+            )
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -279,7 +301,8 @@ class _Run:
 
     def _choose(self) -> list[int]:
         weights = self.curriculum.weights(self.regret, self.step + 1 - self.taken)
-        return draw(weights, self.config.tasks_per_step or len(self.tasks), self.config.seed, self.step)
+        chosen = draw(weights, self.config.tasks_per_step or len(self.tasks), self.config.seed, self.step)
+        return list(self.shard.broadcast(chosen))
 
     def _update(self, gradients: Sequence[Theta], lr: float, meta_loss: float | None) -> float:
         """Theta moves by the mean of the tasks' gradients; returns its norm before clipping."""
@@ -305,21 +328,22 @@ class _Run:
             self.best = {"score": score, "step": self.step, "theta": tree.map_tree(torch.clone, theta), "since": 0}
         else:
             self.best["since"] += 1
-        return {"score": score, "tasks": scores}
+        return {"score": score, "tasks": scores, "families": _by_family(scores, self.evaluation.families)}
 
     def _whole(self, trained: Theta) -> Theta:
         return {name: self.frozen[name] if name in self.frozen else trained[name] for name in self._names}
 
-    def _archived_losses(self) -> list[float]:
-        found = []
-        for task in self.tasks:
-            if task.baseline is None:
-                raise ValueError(
-                    f"curriculum {self.config.curriculum!r} compares with tuned AdamW, of which there is no archived curve on "
-                    f"{task.label} as it is set; take named tasks (metaopt list tasks), or curriculum 'uniform'"
-                )
-            found.append(task.baseline)
-        return found
+    def _baseline(self, task: MetaTask) -> float:
+        """What the loss of the task's last window is compared with: tuned AdamW's, or 0 where nobody looks at regrets."""
+        if not self.curriculum.needs_regret:
+            return 0.0
+        baseline = task.baseline(getattr(self.estimator, "objective", "mean"))
+        if baseline is None:
+            raise ValueError(
+                f"curriculum {self.config.curriculum!r} compares with tuned AdamW, of which there is no archived curve on "
+                f"{task.label} as it is set; take named tasks (metaopt list tasks), or curriculum 'uniform'"
+            )
+        return baseline
 
 
 def _initial_theta(config: MetaTrainConfig, learned: LearnedRule) -> Theta:
@@ -357,6 +381,12 @@ def _mean(values: Iterable[float]) -> float | None:
     """Of those that are finite; None where none is (JSON has no NaN)."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
+
+
+def _by_family(values: Mapping[str, float], families: Mapping[str, str]) -> dict[str, float | None]:
+    """The mean over each family, of values and families by label."""
+    names = sorted({families[label] for label in values})
+    return {name: _mean(value for label, value in values.items() if families[label] == name) for name in names}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from metaopt import registry
 from metaopt.files import write_atomic
 from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.trainer import meta_train
@@ -71,11 +73,13 @@ def meta_tune(
         directory: of the search.
         trials: runs per generation; with several generations at least 4, the size of the population.
         generations: see the module.
-        space: setting -> (low, high), above 0, searched on a log scale; ``estimator_options.sigma`` is an option.
+        space: setting -> (low, high), above 0, searched on a log scale; ``estimator_options.sigma`` is an option. Where
+            both ends are integers, only integers are tried.
         progress: whether to say how each trial went.
 
     Raises:
-        ValueError: no evaluation, an impossible range, the search of another config, or Optuna is not installed.
+        ValueError: no evaluation, an impossible range, the search of another config, several processes, or Optuna is not
+            installed; or a trial that cannot run, which is marked as failed.
         KeyboardInterrupt: as `meta_train`.
     """
     _check(config, trials, generations, space)
@@ -108,6 +112,8 @@ def with_settings(config: MetaTrainConfig, settings: Mapping[str, float]) -> Met
 
 
 def _check(config: MetaTrainConfig, trials: int, generations: int, space: Mapping[str, tuple[float, float]]) -> None:
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"a search runs in 1 process, got WORLD_SIZE={world}; start it without torchrun")
     if not config.evaluate_every:
         raise ValueError("a search compares scores; set evaluate_every and evaluate_on")
     for name, value, least in (("trials", trials, 1 if generations == 1 else 4), ("generations", generations, 1)):
@@ -118,7 +124,10 @@ def _check(config: MetaTrainConfig, trials: int, generations: int, space: Mappin
             raise ValueError(
                 f"the range of {name} must be 0 < low < high, got {low} and {high}; it is searched on a log scale"
             )
-    with_settings(config, {name: low for name, (low, _) in space.items()})
+    for end in (0, 1):
+        tried = with_settings(config, {name: ends[end] for name, ends in space.items()})
+        registry.create("learned_optimizer", tried.learned, **tried.learned_options)
+        registry.create("estimator", tried.estimator, **tried.estimator_options)
 
 
 def _study(
@@ -152,7 +161,7 @@ def _next_trial(
     study: optuna.Study, seed: int, trials: int, generations: int, space: Mapping[str, tuple[float, float]]
 ) -> optuna.Trial | None:
     """The next one; None when all are finished. One that a killed process left is put in the queue again."""
-    from optuna.distributions import FloatDistribution
+    from optuna.distributions import FloatDistribution, IntDistribution
     from optuna.trial import TrialState
 
     for left in study.get_trials(states=(TrialState.RUNNING,)):
@@ -169,7 +178,18 @@ def _next_trial(
             finished[first - trials : first], member, random.Random(f"{seed} {len(finished)}"), space
         )
         study.enqueue_trial(settings, user_attrs={"parent": parent})
-    return study.ask({name: FloatDistribution(low, high, log=True) for name, (low, high) in space.items()})
+    return study.ask(
+        {
+            name: IntDistribution(int(low), int(high), log=True)
+            if _is_integer(low, high)
+            else FloatDistribution(low, high, log=True)
+            for name, (low, high) in space.items()
+        }
+    )
+
+
+def _is_integer(low: float, high: float) -> bool:
+    return isinstance(low, int) and isinstance(high, int)
 
 
 def _descendant(
@@ -185,10 +205,11 @@ def _descendant(
     if own not in ranked[-quarter:]:
         return own.params, own.user_attrs["run"]
     better = rng.choice(ranked[:quarter])
-    moved = {name: value * rng.choice((0.8, 1.25)) for name, value in better.params.items()}
-    return {name: min(max(value, space[name][0]), space[name][1]) for name, value in moved.items()}, better.user_attrs[
-        "run"
-    ]
+    settings = {}
+    for name, (low, high) in space.items():
+        moved = better.params[name] * rng.choice((0.8, 1.25))
+        settings[name] = min(max(round(moved) if _is_integer(low, high) else moved, low), high)
+    return settings, better.user_attrs["run"]
 
 
 def _train(study: optuna.Study, trial: optuna.Trial, config: MetaTrainConfig, directory: Path) -> float | None:
@@ -212,6 +233,9 @@ def _train(study: optuna.Study, trial: optuna.Trial, config: MetaTrainConfig, di
     except TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
         return None
+    except ValueError as error:
+        study.tell(trial, state=TrialState.FAIL)
+        raise ValueError(f"trial {trial.number} with {trial.params} cannot run: {error}") from error
     assert best is not None
     study.tell(trial, best[0])
     return best[0]

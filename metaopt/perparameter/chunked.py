@@ -129,7 +129,7 @@ class _Chunks:
 
     def accumulate(self) -> None:
         """Move the accumulators."""
-        by_element = replace(self.features, factored=0) if self.averaged else self.features
+        by_element = replace(self.features, blocks=(), factored=0) if self.averaged else self.features
         sums = {slot: torch.zeros_like(self.slots[slot][0]) for slot in self.averaged}
         for part in self.parts:
             grad, old = self.grad_of(part), self.slots_of(part)

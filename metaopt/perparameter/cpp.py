@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaopt.perparameter.features import ACCUMULATORS, BLOCKS, Features, Slots, factored_axes
+from metaopt.perparameter.features import ACCUMULATORS, BLOCKS, Features, Slots, factored_axes, slot_shapes
 from metaopt.program.build import CPP_TYPES, PRELUDE, compiler, load_library
 from metaopt.rule import Params, State, compute_dtype
 
 _ARITHMETIC = Path(__file__).with_name("step.cpp")
+_MOST_SIDES, _SIDES_SHARE = 1 << 16, 128
+"""C++ keeps a hidden vector for every row and column: for so many of them, or for one in so many elements. Skinny matrices
+have more, whose hidden vectors would take several times their memory."""
 
 
 class Network(NamedTuple):
@@ -123,34 +126,41 @@ def _function(
         return None
     function = library.step
     function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
-    function.restype = None
+    function.restype = ctypes.c_int
     return function
 
 
-def supports(features: Features, params: Params) -> bool:
-    """Whether there is a compiler, and C++ knows these features and can reach the parameters [K, *shape], once widened."""
-    if compiler() is None or not params:
-        return False
+def supports(features: Features, shape: Sequence[int], like: Tensor) -> bool:
+    """Whether there is a compiler, and C++ knows these features and can step a parameter of this shape.
+
+    Args:
+        features: what the network sees.
+        shape: of one copy of the parameter.
+        like: has its dtype, which may be one that is widened, and its device.
+    """
+    return compiler() is not None and like.is_cpu and _reached(features, tuple(shape), compute_dtype(like.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _reached(features: Features, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     counts = {  # blocks of two kinds of accumulators pair them up one by one
         "m_r": (features.momentum, features.rms),
         "factored_m": (features.factored, features.momentum),
     }
     paired = all(counts[block][1] in (1, counts[block][0]) for block in counts.keys() & {*features.blocks})
-    return paired and not features.bias_correction and all(_reached(features, p) for p in params.values())
+    size = math.prod(shape)
+    if not paired or features.bias_correction or not size or dtype not in (torch.float32, torch.float64):
+        return False
+    axes = factored_axes(shape, features.layout) if features.factored else None
+    if axes is not None and sum(size // shape[axis] for axis in axes) > max(_MOST_SIDES, size // _SIDES_SHARE):
+        return False
+    # each position of a kernel is a matrix by itself, if it is factored so too
+    return not _is_kernel(features, shape) or (features.layout == "torch" and axes in (None, (0, 1), (1, 0)))
 
 
-def _reached(features: Features, param: Tensor) -> bool:
-    alike = param.is_cpu and param.numel() and compute_dtype(param.dtype) in (torch.float32, torch.float64)
-    if not alike or not _is_kernel(features, param):
-        return bool(alike)
-    # each of its positions is a matrix by itself, if it is factored so too
-    axes = factored_axes(tuple(param.shape[1:]), features.layout)
-    return features.layout == "torch" and (not features.factored or {*(axes or ())} == {0, 1})
-
-
-def _is_kernel(features: Features, param: Tensor) -> bool:
-    """Whether ``param`` [K, *shape] has several matrices, each of which has norms of its own."""
-    return features.norm == "matrix" and param.dim() > 3
+def _is_kernel(features: Features, shape: Sequence[int]) -> bool:
+    """Whether a parameter has several matrices, each of which has norms of its own."""
+    return features.norm == "matrix" and len(shape) > 2
 
 
 def fused_step(
@@ -168,26 +178,35 @@ def fused_step(
         step: of which rule.
         prepared: `Prepared`, every tensor of it with a leading dimension K.
         grads: [K, *shape] each; need not be clipped.
-        params: [K, *shape] each, all float32 or all float64; grads and accumulators likewise.
+        params: [K, *shape] each, all float32 or all float64; accumulators likewise.
         state: with the accumulators [K, n, ...].
         in_place: overwrite parameters and accumulators, which must be contiguous; else new ones are made.
 
     Returns:
         New parameters, or with ``step.own_finish`` the networks' outputs [K, outputs, *shape], while parameters stay; and
         new accumulators. None where the plain form has to run: no compiler, another device or dtype, bias correction, norms
-        over matrices of a convolution that are factored otherwise.
+        over matrices of a convolution that are factored otherwise, skinny matrices.
 
     Raises:
-        ValueError: a gradient, layer or number of another shape than its parameter and features ask for.
+        ValueError: a tensor that is missing, or has another shape or dtype than its parameter and features ask for.
+        MemoryError: out of memory; what was to be overwritten may be so in part.
     """
     command = compiler()
-    if command is None or not supports(step.features, params):
+    if command is None or not params or not all(supports(step.features, p.shape[1:], p) for p in params.values()):
         return None
     first = next(iter(params.values()))
     copies, dtype = len(first), first.dtype
     if dtype != compute_dtype(dtype) or any(p.dtype != dtype for p in params.values()):
         return None
-    if any(_is_kernel(step.features, p) for p in params.values()):
+    for part, given in (
+        ("layers", prepared.layers),
+        ("scale", prepared.scale),
+        ("keep", prepared.keep),
+        ("gradient", grads),
+    ):
+        for name in params.keys() - given.keys():
+            raise ValueError(f"{name!r} has no {part}; prepare must return one for every parameter")
+    if any(_is_kernel(step.features, p.shape[1:]) for p in params.values()):
         return _by_position(step, prepared, grads, params, state, in_place)
     kinds = {name: _kind(step.features, p.shape[1:], prepared.layers[name]) for name, p in params.items()}
     networks = tuple(sorted({*kinds.values()}))
@@ -197,22 +216,27 @@ def fused_step(
     moved: Params = {}
     slots: dict[str, Slots] = {}
     rows, alive = [], []  # what C++ reads must not be freed before
-    placed: dict[int, tuple[Tensor, int, int]] = {}
+    placed: dict[tuple[int, tuple[int, ...]], tuple[Tensor, int, int]] = {}
 
-    def place(value: Tensor | None) -> tuple[int, int]:
+    def place(what: str, value: Tensor | None, *shape: int) -> tuple[int, int]:
         """Address, and how far apart copies are; parameters share most tensors."""
         if value is None:
             return 0, 0
-        if id(value) not in placed:
-            if value.shape[0] != copies:
-                raise ValueError(
-                    f"every prepared tensor must have a leading dimension {copies}, got {tuple(value.shape)}"
-                )
+        key = id(value), shape
+        if key not in placed:
+            _require(what, value, (copies, *shape))
             spread = value.to(dtype)
             if not spread[0].is_contiguous():
                 spread = spread.contiguous()
-            placed[id(value)] = spread, spread.data_ptr(), spread.stride(0) if copies > 1 else 0
-        return placed[id(value)][1:]
+            placed[key] = spread, spread.data_ptr(), spread.stride(0) if copies > 1 else 0
+        return placed[key][1:]
+
+    decays = []
+    for kind in ("momentum", "rms", "factored"):
+        count = getattr(step.features, kind)
+        if count and kind not in prepared.decays:
+            raise ValueError(f"decays has no {kind!r}; prepare must return one number for each of {count} accumulators")
+        decays.append(place(f"the decays of {kind}", prepared.decays[kind], count) if count else (0, 0))
 
     layers = max(len(network.sizes) - 1 for network in networks)
     for name, p in params.items():
@@ -221,18 +245,27 @@ def fused_step(
             return None
         old = {slot: value.contiguous() for slot, value in old.items()}
         source, grad = p.contiguous(), grads[name].to(dtype).contiguous()
-        if grad.shape != p.shape:
-            raise ValueError(f"the gradient of {name!r} must have shape {tuple(p.shape)}, got {tuple(grad.shape)}")
+        _require(f"the gradient of {name!r}", grad, tuple(p.shape))
+        _require_slots(step.features, name, p, old)
         slots[name] = old if in_place else {slot: torch.empty_like(value) for slot, value in old.items()}
         if step.own_finish:
             outputs = kinds[name].sizes[-1]
             moved[name] = torch.empty((copies, outputs, *p.shape[1:]), dtype=dtype)
         else:
             moved[name] = source if in_place else torch.empty_like(source)
-        numbers = [prepared.scale[name], prepared.keep[name]]
-        numbers += [prepared.decays.get(kind) for kind in ("momentum", "rms", "factored")]
-        weights, biases = zip(*prepared.layers[name], strict=True)
-        at, strides = zip(*map(place, (*numbers, *_padded(weights, layers), *_padded(biases, layers))), strict=True)
+        of_name = f"of {name!r}"
+        numbers = [
+            place(f"scale {of_name}", prepared.scale[name]),
+            place(f"keep {of_name}", prepared.keep[name]),
+            *decays,
+        ]
+        sizes, own = kinds[name].sizes, prepared.layers[name]
+        weights = [
+            place(f"a weight {of_name}", weight, *ends) for (weight, _), ends in zip(own, pairwise(sizes), strict=True)
+        ]
+        biases = [place(f"a bias {of_name}", bias, size) for (_, bias), size in zip(own, sizes[1:], strict=True)]
+        absent = [(0, 0)] * (layers - len(own))
+        at, strides = zip(*numbers, *weights, *absent, *biases, *absent, strict=True)
         alive.append((source, grad, old))
         rows.append(
             [
@@ -243,7 +276,8 @@ def fused_step(
             ]
         )  # fmt: skip
     table = np.array(rows, dtype=np.int64)
-    function(len(rows), copies, table.ctypes.data, torch.get_num_threads())
+    if function(len(rows), copies, table.ctypes.data, torch.get_num_threads()):
+        raise MemoryError("the C++ step of a learned rule ran out of memory; use execution='foreach', which needs less")
     return moved, slots
 
 
@@ -251,9 +285,9 @@ def _by_position(
     step: Step, prepared: Any, grads: Params, params: Params, state: State, in_place: bool
 ) -> tuple[Params, dict[str, Slots]] | None:
     """`fused_step` with each position of a kernel as a matrix of its own."""
-    kernels = {name for name, p in params.items() if _is_kernel(step.features, p)}
+    kernels = {name for name, p in params.items() if _is_kernel(step.features, p.shape[1:])}
     parts = {
-        name: [f"{name}\0{i}" for i in range(math.prod(p.shape[3:]))] if name in kernels else [name]
+        name: [f"{name}[..., {i}]" for i in range(math.prod(p.shape[3:]))] if name in kernels else [name]
         for name, p in params.items()
     }
 
@@ -328,5 +362,19 @@ def _address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
 
-def _padded(values: Sequence[Tensor], count: int) -> list[Tensor | None]:
-    return [*values, *[None] * (count - len(values))]
+def _require(what: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """What C++ reads must be as large as it believes."""
+    if value.shape != shape:
+        raise ValueError(f"{what} must have shape {shape}, copies first, got {tuple(value.shape)}")
+
+
+def _require_slots(features: Features, name: str, param: Tensor, slots: Slots) -> None:
+    wanted = slot_shapes(features, tuple(param.shape[1:]))
+    if slots.keys() != wanted.keys():
+        raise ValueError(
+            f"the state of {name!r} must hold the accumulators {', '.join(wanted)}, got {', '.join(slots) or 'none'}"
+        )
+    for slot, shape in wanted.items():
+        _require(f"{slot} of {name!r}", slots[slot], (len(param), *shape))
+        if slots[slot].dtype != param.dtype:
+            raise ValueError(f"{slot} of {name!r} must have dtype {param.dtype}, got {slots[slot].dtype}")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -57,6 +57,9 @@ class Features:
         layout: where the output and input axes are: ``torch`` (out, in, *kernel), or ``jax`` (*kernel, in, out).
         vector_blocks: vectors and scalars have only so many of the blocks; None = all.
         bias_correction: divide accumulators by 1 - beta^t, except inside ``factored_g``.
+
+    Raises:
+        ValueError: a block, norm or layout that is none, or a block without accumulators.
     """
 
     blocks: tuple[str, ...]
@@ -72,6 +75,18 @@ class Features:
     layout: str = "torch"
     vector_blocks: int | None = None
     bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        for block in self.blocks:
+            if block not in BLOCKS:
+                raise ValueError(f"a block must be one of {', '.join(BLOCKS)}, got {block!r}")
+            if not self.planes(block):
+                raise ValueError(
+                    f"block {block!r} is made of {BLOCKS[block]} accumulators; set {BLOCKS[block]} to at least 1"
+                )
+        for name, allowed in (("norm", ("tensor", "matrix")), ("layout", ("torch", "jax"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     def blocks_of(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The blocks that a parameter of this shape has."""
@@ -129,6 +144,13 @@ def zero_slots(features: Features, param: Tensor) -> Slots:
     else:
         slots["row"], slots["col"] = (stacked(features.factored, zeros.sum(axis)) for axis in (axes[1], axes[0]))
     return {slot: value for slot, value in slots.items() if len(value)}
+
+
+@lru_cache(maxsize=1024)
+def slot_shapes(features: Features, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the accumulators of a parameter of this shape."""
+    slots = zero_slots(features, torch.empty(shape, device="meta"))
+    return {slot: tuple(value.shape) for slot, value in slots.items()}
 
 
 def accumulate(features: Features, decays: Decays, grad: Tensor, slots: Slots) -> Slots:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from metaopt.learned import Theta
 from metaopt.perparameter.chunked import step_in_chunks
 from metaopt.perparameter.cpp import fused_step, supports
-from metaopt.perparameter.features import ACCUMULATORS, Slots, clip
+from metaopt.perparameter.features import ACCUMULATORS, Slots
 from metaopt.perparameter.rule import PerParameterRule, Prepared
 from metaopt.rule import Context, HyperValues, Params, State, compute_dtype
 
@@ -32,7 +31,8 @@ def step_in_place(
 ) -> None:
     """`PerParameterRule.update` of the parameters that the network steps, in place and with nothing recorded.
 
-    Parameters and gradients may have any floating-point dtype and strides; nothing as large as the model is allocated.
+    Parameters and gradients may have any floating-point dtype and strides. What is allocated at once is as large as the
+    features of a chunk; with C++, or a rule with its own finish, as a million elements or the outputs of one parameter.
 
     Args:
         rule: whose step.
@@ -44,9 +44,7 @@ def step_in_place(
         ctx: as for `update`.
         cpp: use C++ where it can be had.
     """
-    wide = _Lazily(params, lambda name: params[name].to(compute_dtype(params[name].dtype)))
-    clipped = _Lazily(params, lambda name: clip(rule.features, grads[name].to(compute_dtype(params[name].dtype))))
-    prepared = rule.prepare(theta, cast(Params, clipped), state, cast(Params, wide), hp, ctx)
+    prepared = rule.prepare(theta, rule.read_by_prepare(state, params), params, hp, ctx)
     left = [*params]
     if cpp:
         reached = {name for name, param in params.items() if _in_reach(rule, param, state[name])}
@@ -64,8 +62,7 @@ def step_in_place(
 def _in_reach(rule: PerParameterRule, param: Tensor, slots: Slots) -> bool:
     """Whether C++ can step this parameter, perhaps a copy of it."""
     dtype = compute_dtype(param.dtype)
-    like = torch.empty((), dtype=dtype, device=param.device).expand(1, *param.shape)
-    return supports(rule.features, {"": like}) and all(
+    return supports(rule.features, param.shape, param) and all(
         value.is_cpu and value.dtype == dtype and value.is_contiguous() for value in _accumulators(slots).values()
     )
 
@@ -98,33 +95,20 @@ def _step_by_cpp(
 
 def _batches(names: Sequence[str], params: Params) -> Iterator[list[str]]:
     """The names in lists of one dtype to compute in."""
-    batch: list[str] = []
-    for name in sorted(names, key=lambda name: str(compute_dtype(params[name].dtype))):
-        changes = batch and compute_dtype(params[batch[0]].dtype) != compute_dtype(params[name].dtype)
-        if changes or sum(params[n].numel() for n in (*batch, name)) > _BATCH:
-            if batch:
+    dtypes: dict[torch.dtype, list[str]] = {}
+    for name in names:
+        dtypes.setdefault(compute_dtype(params[name].dtype), []).append(name)
+    for alike in dtypes.values():
+        batch: list[str] = []
+        elements = 0
+        for name in alike:
+            if batch and elements + params[name].numel() > _BATCH:
                 yield batch
-            batch = []
-        batch.append(name)
-    if batch:
+                batch, elements = [], 0
+            batch.append(name)
+            elements += params[name].numel()
         yield batch
 
 
 def _accumulators(slots: Slots) -> Slots:
     return {slot: value for slot, value in slots.items() if slot in ACCUMULATORS}
-
-
-class _Lazily(Mapping[str, Tensor]):
-    """Tensors that are made when they are looked at."""
-
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
-        self.names, self.make = [*names], make
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

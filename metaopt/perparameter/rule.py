@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -17,7 +17,7 @@ from metaopt import tree
 from metaopt.learned import LearnedRule, Theta
 from metaopt.perparameter.cpp import Step, fused_step, supports
 from metaopt.perparameter.features import Decays, Features, Slots, accumulate, clip, inputs, zero_slots
-from metaopt.rule import Context, HyperValues, ParamInfo, Params, State, TensorRule, compute_dtype
+from metaopt.rule import Context, ElementwiseRule, HyperValues, ParamInfo, Params, State, compute_dtype
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -72,7 +72,12 @@ class PerParameterRule(LearnedRule):
     function of the network's outputs; `takes` and `other` where some parameters are not the network's. Executions: the plain
     pure one below; in place by chunks (`chunked`), and C++ for all copies (`cpp`). State per parameter: ``step``, the
     accumulators (see `features.Slots`) and the memory; float32 or better.
+
+    Class attribute ``prepare_reads``: the slots that `prepare` reads besides ``step``. It is handed no others: under vmap
+    every tensor costs time.
     """
+
+    prepare_reads: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -85,12 +90,15 @@ class PerParameterRule(LearnedRule):
         return None
 
     @abstractmethod
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """One step's decays, networks, scales and memory, for one copy: pure, vmap-safe, differentiable; tensors only.
 
-        ``state`` is the one before the step.
+        Args:
+            theta: of one copy.
+            state: before the step; of each parameter ``step`` and those of its slots that are in ``prepare_reads``.
+            params: of any floating-point dtype; what is made of them is to be of `compute_dtype`.
+            hp: hyperparameters.
+            ctx: as for `update`.
         """
 
     def finish(self, outputs: Tensor, param: Tensor, slots: Slots, scale: Tensor, keep: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ class PerParameterRule(LearnedRule):
         return True
 
     @property
-    def other(self) -> TensorRule:
+    def other(self) -> ElementwiseRule:
         """The rule of the parameters that `takes` refuses; its hyperparameters go by the names that they have in this rule.
 
         Raises:
@@ -144,7 +152,12 @@ class PerParameterRule(LearnedRule):
     def fuses(self, params: Params, info: Mapping[str, ParamInfo]) -> bool:
         """Whether `update_copies` can update copies of ``params`` [K, *shape], some by C++ at least."""
         mine, _ = self.shares(params, info)
-        return any(supports(self.features, {name: param}) for name, param in mine.items())
+        return any(supports(self.features, param.shape[1:], param) for param in mine.values())
+
+    def read_by_prepare(self, state: State, names: Iterable[str]) -> State:
+        """What `prepare` sees of the state of these parameters."""
+        slots = {"step", *self.prepare_reads}
+        return {name: {slot: value for slot, value in state[name].items() if slot in slots} for name in names}
 
     def shares(self, params: Params, info: Mapping[str, ParamInfo]) -> tuple[Params, Params]:
         """The parameters that the network steps, and those that `other` steps."""
@@ -158,11 +171,10 @@ class PerParameterRule(LearnedRule):
         mine, rest = self.shares(params, ctx.info)
         new_params, new_state = self.other.update(grads, state, rest, hp, ctx) if rest else ({}, {})
         wide = {name: param.to(compute_dtype(param.dtype)) for name, param in mine.items()}
-        clipped = {name: clip(self.features, grads[name].to(value.dtype)) for name, value in wide.items()}
-        prepared = self.prepare(theta, clipped, state, wide, hp, ctx)
+        prepared = self.prepare(theta, self.read_by_prepare(state, wide), wide, hp, ctx)
         for name, param in wide.items():
             t = (state[name]["step"] if ctx.step is None else ctx.step) + 1
-            moved, slots = self._step(*prepared.of(name), clipped[name], param, state[name], t)
+            moved, slots = self._step(*prepared.of(name), grads[name], param, state[name], t)
             new_params[name] = moved.to(params[name].dtype)
             new_state[name] = {"step": state[name]["step"] + 1, **slots, **prepared.memory.get(name, {})}
         return {name: new_params[name] for name in params}, {name: new_state[name] for name in params}
@@ -179,6 +191,7 @@ class PerParameterRule(LearnedRule):
         t: Tensor,
     ) -> tuple[Tensor, Slots]:
         """One parameter and its accumulators after one step."""
+        grad = clip(self.features, grad.to(param.dtype))
         new = accumulate(self.features, decays, grad, slots)
         outputs = run_layers(layers, inputs(self.features, param, grad, new, decays, t))
         return self.finish(outputs, param, new, scale, keep), new
@@ -206,13 +219,11 @@ class PerParameterRule(LearnedRule):
         """
         mine, rest = self.shares(params, ctx.info)
         wide = {name: param.to(compute_dtype(param.dtype)) for name, param in mine.items()}
-        reached = {name: param for name, param in wide.items() if supports(self.features, {name: param})}
+        reached = {name: param for name, param in wide.items() if supports(self.features, param.shape[1:], param)}
         if not reached:
             return None
-        clipped = {name: clip(self.features, grads[name].to(param.dtype)) for name, param in wide.items()}
-        of_mine = {name: state[name] for name in mine}
-        prepared = self._prepare_copies(theta, clipped, of_mine, wide, hp, ctx, dims)
-        done = fused_step(self.cpp_step, prepared, clipped, reached, of_mine)
+        prepared = self._prepare_copies(theta, self.read_by_prepare(state, wide), wide, hp, ctx, dims)
+        done = fused_step(self.cpp_step, prepared, grads, reached, state)
         if done is None:
             return None
         moved, slots = done
@@ -221,7 +232,7 @@ class PerParameterRule(LearnedRule):
             for name, outputs in moved.items():
                 moved[name] = finish(outputs, wide[name], slots[name], prepared.scale[name], prepared.keep[name])
         for name in wide.keys() - reached.keys():
-            given: tuple[Any, ...] = (*prepared.of(name), clipped[name], wide[name], state[name], _time(ctx)[0] + 1)
+            given: tuple[Any, ...] = (*prepared.of(name), grads[name], wide[name], state[name], _time(ctx)[0] + 1)
             moved[name], slots[name] = torch.vmap(self._step)(*given)
         moved = {name: value.to(params[name].dtype) for name, value in moved.items()}
         new_state = {
@@ -242,7 +253,6 @@ class PerParameterRule(LearnedRule):
     def _prepare_copies(
         self,
         theta: Theta,
-        grads: Params,
         state: State,
         params: Params,
         hp: HyperValues,
@@ -253,7 +263,7 @@ class PerParameterRule(LearnedRule):
 
         vmap spends more time on nested containers, and on every tensor, than `prepare` on its arithmetic.
         """
-        stacked = {"grads": grads, "state": state, "params": params} | ({} if dims[0] is None else {"theta": theta})
+        stacked = {"state": state, "params": params} | ({} if dims[0] is None else {"theta": theta})
         leaves = [*tree.leaves(stacked), *_time(ctx)]
         varying = {name: dim for name, dim in dims[1].items() if dim is not None}
         found: list[Prepared] = []

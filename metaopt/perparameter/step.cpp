@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -76,8 +77,16 @@ template <class Work>
 void each(const int64_t count, const int threads, const Work& work) {
 #ifdef _OPENMP
     if (threads > 1 && count > 1) {
-        #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-        for (int64_t i = 0; i < count; ++i) work(i);
+        bool no_memory = false;  // exceptions must not leave a parallel region
+        #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(||: no_memory)
+        for (int64_t i = 0; i < count; ++i) {
+            try {
+                work(i);
+            } catch (const std::bad_alloc&) {
+                no_memory = true;
+            }
+        }
+        if (no_memory) throw std::bad_alloc();
         return;
     }
 #endif
@@ -218,6 +227,11 @@ public:
             if constexpr (X::OWN < X::COUNT) each(chunks, threads, [this](const int64_t chunk) { measure(chunk); });
         }
         fold();
+        // before anyone applies: vectors of hidden entries are read whole, beyond the end of a chunk's own
+        if constexpr (FOLDED)
+            each(chunks, threads, [this](const int64_t chunk) {
+                hide(by_line, begin(chunk) / line * t.inner, end(chunk) / line * t.inner, bias[0]);
+            });
         each(chunks, threads, [this](const int64_t chunk) { apply(chunk); });
     }
 
@@ -504,7 +518,6 @@ private:
     // -- pass 3: the network, and the new parameter or the outputs
 
     void apply(const int64_t chunk) {
-        if constexpr (FOLDED) hide(by_line, begin(chunk) / line * t.inner, end(chunk) / line * t.inner, bias[0]);
         Network network;
         Block block;
         const T scale = t.scale[copy * t.scale_stride], keep = t.keep[copy * t.keep_stride];
@@ -610,16 +623,21 @@ void one(const Tensor& tensor, int64_t copy, int threads);
 
 }  // namespace
 
-extern "C" void step(const int64_t count, const int64_t copies, const Tensor* tensors, const int threads) {
-    std::vector<const Tensor*> small;
-    int64_t total = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        if (tensors[j].size >= 2 * CHUNK && copies < threads)
-            for (int64_t k = 0; k < copies; ++k) one(tensors[j], k, threads);
-        else
-            small.push_back(&tensors[j]), total += tensors[j].size * copies;
+extern "C" int step(const int64_t count, const int64_t copies, const Tensor* tensors, const int threads) {
+    try {
+        std::vector<const Tensor*> small;
+        int64_t total = 0;
+        for (int64_t j = 0; j < count; ++j) {
+            if (tensors[j].size >= 2 * CHUNK && copies < threads)
+                for (int64_t k = 0; k < copies; ++k) one(tensors[j], k, threads);
+            else
+                small.push_back(&tensors[j]), total += tensors[j].size * copies;
+        }
+        const int64_t each_copy = small.size();
+        each(copies * each_copy, total < CHUNK / 8 ? 1 : threads,  // so little is done before a second thread is there
+             [&](const int64_t i) { one(*small[i % each_copy], i / each_copy, 1); });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
     }
-    const int64_t each_copy = small.size();
-    each(copies * each_copy, total < CHUNK / 8 ? 1 : threads,  // so little is done before a second thread is there
-         [&](const int64_t i) { one(*small[i % each_copy], i / each_copy, 1); });
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def verify(directory: Path | str) -> float:
             f"the golden losses of {card.name} are of task {golden['task']} with content {golden['content']}, "
             f"which is {content} here; its data or architecture have changed"
         )
-    difference = max(abs(a - b) / abs(b) for a, b in zip(losses, golden["losses"], strict=True))
+    smallest = sys.float_info.min  # a loss may be 0
+    difference = max(abs(a - b) / max(abs(b), smallest) for a, b in zip(losses, golden["losses"], strict=True))
     if not difference <= golden["rtol"]:
         raise ValueError(
             f"{card.name} does not train as it did: on {golden['task']} its losses are {_shown(losses)}, "

@@ -11,6 +11,8 @@ import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from metaopt import registry
 from metaopt.evaluate.report import plain
 from metaopt.evaluate.statistics import estimate
 from metaopt.learned import digest
+from metaopt.meta.config import texts_in
 from metaopt.meta.trainer import CONFIG_FILE, METRICS_FILE
 from metaopt.resolve import THETA_FILE, load_theta, read_theta
 from metaopt.suite import suites
 from metaopt.zoo.card import CARD_FILE, PAGE_FILE, Card, render
 from metaopt.zoo.entry import golden_losses, verify
 
+INIT_THETA_FILE = "init_theta.safetensors"
+"""With which the first run began, where that is of no run."""
+UNKNOWN = "unknown"
 GOLDEN_STEPS = 10
 GOLDEN_SEED = 0
 GOLDEN_RTOL = 1e-3
@@ -67,22 +73,21 @@ def add(
         raise ValueError(f"the name of an entry is made of lower-case letters, digits and underscores, got {name!r}")
     if target.exists():
         raise ValueError(f"{target} is there already; published weights do not change, so choose another name")
-    config = _read_json(run / CONFIG_FILE, "a meta-training run")
+    config = _config(run)
     learned, options, theta = read_theta(run)
     registry.get("learned_optimizer", learned)
     rule = load_theta(run)
     content, losses = golden_losses(rule, golden_task, GOLDEN_SEED, GOLDEN_STEPS)
     golden = {"task": golden_task, "content": content, "seed": GOLDEN_SEED, "losses": losses, "rtol": GOLDEN_RTOL}
-    tasks = [choice["name"] for choice in config["tasks"]]
     phases = _phases(run)
     card = Card(
         name=name, summary=summary, license=license, limits=limits,
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         sha256=hashlib.sha256((run / THETA_FILE).read_bytes()).hexdigest(),
         learned_optimizer=learned, options=options, meta_parameters=sum(value.numel() for value in theta.values()),
-        command="\n".join(f"metaopt meta-train --config {file} --out {_shown(out)}" for file, out in phases.items()),
-        seed=config["seed"], device=config["device"], cost=_cost([out / METRICS_FILE for out in phases.values()]),
-        tasks=_with_suites(tasks), data=_data_of(tasks),
+        command="\n".join(f"metaopt meta-train --config {phase.file} --out {phase.shown}" for phase in phases),
+        seed=config["seed"], device=config["device"], cost=_cost([phase.run / METRICS_FILE for phase in phases]),
+        tasks=_tasks_of(phases), data=_data_of(phases),
         versions={"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()},
         scores=scores_of(_read_json(Path(race) / "race.json", "a race"), digest(theta)),
         golden=golden,
@@ -92,8 +97,10 @@ def add(
         made = Path(parent) / name
         made.mkdir()
         shutil.copyfile(run / THETA_FILE, made / THETA_FILE)
-        for file, out in phases.items():
-            (made / file).write_text(json.dumps(_settings(out), indent=2) + "\n")
+        for phase in phases:
+            (made / phase.file).write_text(json.dumps(phase.settings, indent=2) + "\n")
+        if (given := _given_theta(phases[0].run)) is not None:
+            shutil.copyfile(given, made / INIT_THETA_FILE)
         text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False, allow_nan=False)
         (made / CARD_FILE).write_text(f"{text}\n")
         (made / PAGE_FILE).write_text(render(card))
@@ -142,29 +149,58 @@ def _paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
     return dict(plain(dataclasses.asdict(found)))
 
 
-def _phases(run: Path) -> dict[str, Path]:
-    """The runs by which theta was made, first things first: what an entry calls the config of each -> its directory."""
-    runs = [run]
-    while (before := _beginning(runs[0])) is not None:
+@dataclass(frozen=True)
+class _Phase:
+    """One of the runs by which theta was made.
+
+    Attributes:
+        run: its directory.
+        file: what an entry calls its config.
+        shown: what an entry calls its directory.
+        settings: its config, without the paths of the machine that ran it.
+    """
+
+    run: Path
+    file: str
+    shown: str
+    settings: dict[str, Any]
+
+
+def _phases(run: Path) -> list[_Phase]:
+    """First things first."""
+    runs = [run.resolve()]
+    while (before := _run_before(runs[0])) is not None:
         runs.insert(0, before)
-    return {CONFIG_FILE if out is run else f"phase{i}_{CONFIG_FILE}": out for i, out in enumerate(runs, 1)}
+    names = [out.name for out in runs]
+    phases: list[_Phase] = []
+    for i, out in enumerate(runs, 1):
+        settings = _config(out)
+        if phases:
+            settings["init_theta"] = phases[-1].shown
+        elif settings.get("init_theta") is not None:
+            settings["init_theta"] = INIT_THETA_FILE
+        file = CONFIG_FILE if i == len(runs) else f"phase{i}_{CONFIG_FILE}"
+        shown = f"runs/{out.name}" if names.count(out.name) == 1 else f"runs/phase{i}_{out.name}"
+        phases.append(_Phase(out, file, shown, settings))
+    return phases
 
 
-def _beginning(run: Path) -> Path | None:
+def _run_before(run: Path) -> Path | None:
     """The run with whose theta this one began."""
-    began = _read_json(run / CONFIG_FILE, "a meta-training run").get("init_theta")
-    return None if began is None else Path(began).parent if Path(began).is_file() else Path(began)
+    began = _config(run).get("init_theta")
+    if began is None or _given_theta(run) is not None:
+        return None
+    return (Path(began).parent if Path(began).is_file() else Path(began)).resolve()
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    """The config of a run, without the paths of the machine that ran it."""
-    before = _beginning(run)
-    moved = {} if before is None else {"init_theta": _shown(before)}
-    return _read_json(run / CONFIG_FILE, "a meta-training run") | moved
+def _given_theta(run: Path) -> Path | None:
+    """The file with whose theta a run began, where that is of no other run: imported weights, for example."""
+    began = Path(_config(run).get("init_theta") or run)
+    return began if began.is_file() and not (began.parent / CONFIG_FILE).is_file() else None
 
 
-def _shown(run: Path) -> str:
-    return f"runs/{run.name}"
+def _config(run: Path) -> dict[str, Any]:
+    return _read_json(run / CONFIG_FILE, "a meta-training run")
 
 
 def _cost(metrics: list[Path]) -> dict[str, Any]:
@@ -173,9 +209,11 @@ def _cost(metrics: list[Path]) -> dict[str, Any]:
     return {"outer_steps": len(lines), **{key: round(sum(line[key] for line in lines)) for key in known}}
 
 
-def _with_suites(tasks: list[str]) -> list[str]:
-    """``tasks``, with ``suite:NAME`` for the members of each suite that is there as a whole."""
-    short, left = [], dict.fromkeys(tasks)
+def _tasks_of(phases: list[_Phase]) -> list[str]:
+    """What the phases trained on: tasks, with their options, and ``suite:NAME`` for the members of a whole suite."""
+    choices = [choice for phase in phases for choice in phase.settings["tasks"]]
+    left = dict.fromkeys(_described(choice["name"], choice["options"]) for choice in choices)
+    short = []
     for suite, names in suites().items():
         if set(names) <= left.keys():
             short.append(f"suite:{suite}")
@@ -183,12 +221,31 @@ def _with_suites(tasks: list[str]) -> list[str]:
     return [*short, *left]
 
 
-def _data_of(tasks: list[str]) -> dict[str, str]:
-    """The data sources of named tasks, with their licences."""
-    known, licences = registry.specs("task"), registry.specs("data_source")
-    named = [known[task].facts.get("data") or "" for task in tasks if task in known]
-    sources = sorted({source for names in named for source in names.split(", ") if source})
-    return {s: licences[s].facts.get("license", "unknown") if s in licences else "unknown" for s in sources}
+def _described(name: str, options: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" if options else name
+
+
+def _data_of(phases: list[_Phase]) -> dict[str, str]:
+    """The data sources that the phases trained on, with their licences."""
+    found = [_sources(choice["name"], choice["options"]) for phase in phases for choice in phase.settings["tasks"]]
+    if _given_theta(phases[0].run) is not None:
+        found.append({f"data of {INIT_THETA_FILE}"})
+    licences = registry.specs("data_source")
+    sources = sorted(set().union(*found))
+    return {s: licences[s].facts.get("license", UNKNOWN) if s in licences else UNKNOWN for s in sources}
+
+
+def _sources(name: str, options: Mapping[str, Any]) -> set[str]:
+    """The data sources of a task: as its options say (of a task inside, too), else as is known of it or of its family."""
+    known = registry.specs("task")
+    defaults, facts = (known[name].defaults, known[name].facts) if name in known else ({}, {})
+    for arguments in (options, {} if "data" in facts else defaults):
+        data, tasks = texts_in(arguments, "data"), texts_in(arguments, "task")
+        if data or tasks:
+            return set(data).union(*(_sources(task, {}) for task in tasks))
+    members = [spec.facts["data"] for spec in known.values() if spec.facts.get("family") == name]
+    told = [facts["data"]] if "data" in facts else members or [f"data of {name}"]
+    return {source for sources in told for source in sources.split(", ") if source}
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

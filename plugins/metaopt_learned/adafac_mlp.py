@@ -12,11 +12,8 @@ from torch import Generator, Tensor
 from metaopt.learned import Theta
 from metaopt.perparameter import Decays, Features
 from metaopt.space import option
+from metaopt_learned.feature_sets import ADAFAC_BLOCKS, FACTORED_DECAYS, MOMENTUM_DECAYS, RMS_DECAYS
 from metaopt_learned.timed_mlp import TimedMLP
-
-MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
-RMS_DECAYS = (0.999,)
-FACTORED_DECAYS = (0.9, 0.99, 0.999)
 
 
 class AdafacMLP(TimedMLP):
@@ -44,9 +41,8 @@ class AdafacMLP(TimedMLP):
     @cached_property
     def features(self) -> Features:
         """See the class."""
-        blocks = ("g", "p", "m", "v", "m_r", "r", "factored_g", "row", "col", "rsqrt_row", "rsqrt_col", "factored_m")
         return Features(
-            blocks, len(MOMENTUM_DECAYS), len(RMS_DECAYS), len(FACTORED_DECAYS),
+            ADAFAC_BLOCKS, len(MOMENTUM_DECAYS), len(RMS_DECAYS), len(FACTORED_DECAYS),
             layout=self.layout, nan_to_zero=self.nan_to_zero,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from metaopt.learned import LearnedRule, Theta
 from metaopt.perparameter import Prepared, random_layers
 from metaopt.rule import Context, HyperValues, ParamInfo, Params, State, compute_dtype, hp_of
 from metaopt.space import hyper, option
+from metaopt_learned.feature_sets import constant_decays
 from metaopt_learned.recurrent import (
     PROGRESS_FEATURES,
     for_params,
@@ -42,6 +43,11 @@ class Celo(TensorScaledRule):
     lstm_hidden: int = option(64, low=1, doc="units of the LSTM")
     phase: int = option(2, choices=(1, 2), doc="1: without the LSTM, to train mlp.*; 2: with it")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for need in ("needs_loss", "needs_horizon"):
+            object.__setattr__(self, need, self.phase == 2)
+
     def init_theta(self, generator: Generator) -> Theta:
         """Truncated normal weights of variance 1 / fan-in; biases and the LSTM's first row zero."""
         theta: Theta = {}
@@ -54,9 +60,7 @@ class Celo(TensorScaledRule):
         """`start_progress`; nothing in phase 1."""
         return super().init_memory(theta, params, info) if self.phase == 1 else start_progress(theta, params)
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """The network as it is; the schedule in ``scale``."""
         theta = for_params(theta, params)
         like = theta["lstm.hidden"]
@@ -68,7 +72,7 @@ class Celo(TensorScaledRule):
             multiplier, memory = schedule(theta, state, params, ctx)
         scale = self.scales(params, squares, multiplier, hp)
         keep = dict.fromkeys(params, torch.ones_like(like[0]))
-        return Prepared(self.decays(like), dict.fromkeys(params, network), scale, keep, memory)
+        return Prepared(constant_decays(like), dict.fromkeys(params, network), scale, keep, memory)
 
     @staticmethod
     def theta_from_original(arrays: Mapping[str, Tensor]) -> Theta:

@@ -22,11 +22,16 @@ from metaopt.perparameter import (
 )
 from metaopt.rule import Context, ElementwiseRule, HyperValues, ParamInfo, Params, State
 from metaopt.space import hyper, learning_rate, option
-from metaopt_learned.timed_mlp import constant, layers_of, named, scale_and_keep
+from metaopt_learned.feature_sets import (
+    FACTORED_DECAYS,
+    MOMENTUM_DECAYS,
+    VELO_BLOCKS,
+    VELO_VECTOR_BLOCKS,
+    constant_decays,
+)
+from metaopt_learned.timed_mlp import layers_of, named, scale_and_keep
 
-MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAYS = (0.95,)
-FACTORED_DECAYS = (0.9, 0.99, 0.999)
 OUTPUTS = 3
 NORM_EPS = 1e-9
 NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ_EPS = 5, 1e-8
@@ -62,11 +67,9 @@ class Celo2Base(PerParameterRule):
         return self._features(norm="matrix")
 
     def _features(self, norm: str) -> Features:
-        small = ("g", "clipped_g", "p", "m", "v", "m_r", "r", "factored_g", "g_r")
-        blocks = (*small, "row", "col", "rsqrt_row", "rsqrt_col", "factored_m")
         return Features(
-            blocks, len(MOMENTUM_DECAYS), len(RMS_DECAYS), len(FACTORED_DECAYS), clip=1000.0, rms_eps=1e-8,
-            norm_eps=NORM_EPS, norm=norm, layout=self.layout, vector_blocks=len(small),
+            VELO_BLOCKS, len(MOMENTUM_DECAYS), len(RMS_DECAYS), len(FACTORED_DECAYS), clip=1000.0, rms_eps=1e-8,
+            norm_eps=NORM_EPS, norm=norm, layout=self.layout, vector_blocks=len(VELO_VECTOR_BLOCKS),
             bias_correction=self.bias_correction,
         )  # fmt: skip
 
@@ -79,9 +82,7 @@ class Celo2Base(PerParameterRule):
         """Truncated normal weights of variance 1 / fan-in, zero biases."""
         return named(random_layers((self.features.count((1, 1)), self.hidden, self.hidden, OUTPUTS), generator))
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """One network for matrices; vectors have its first inputs only. Outputs that nothing reads are left out."""
         (weight, bias), middle, (last, last_bias) = layers_of(theta)
         used = 2 if self.magnitude else 1
@@ -89,12 +90,7 @@ class Celo2Base(PerParameterRule):
         of_count = {count: ((weight[:count], bias), *rest) for count in map(self.features.count, [(1,), (1, 1)])}
         layers = {name: of_count[self.features.count(tuple(param.shape))] for name, param in params.items()}
         scale, keep = scale_and_keep(hp, params, weight)
-        decays = {
-            "momentum": constant(MOMENTUM_DECAYS, weight),
-            "rms": constant(RMS_DECAYS, weight),
-            "factored": constant(FACTORED_DECAYS, weight),
-        }
-        return Prepared(decays, layers, scale, keep, {})
+        return Prepared(constant_decays(weight, RMS_DECAYS), layers, scale, keep, {})
 
     def finish(self, outputs: Tensor, param: Tensor, slots: Slots, scale: Tensor, keep: Tensor) -> Tensor:
         """See the class."""
@@ -134,6 +130,7 @@ class Celo2(Celo2Base):
     Celo2 of celo (https://github.com/amoudgl/celo), which chooses by name where this rule goes by role.
     """
 
+    needs_roles = True
     adam_lr_ratio: float = hyper(20.0, 0.0, scale="log", search=(1.0, 100.0), doc="AdamW's lr over the network's")
     adam_betas: tuple[float, float] = hyper(
         (0.9, 0.95), 0.0, 1.0, open_high=True, scale="decay", search=(0.8, 0.999), doc="AdamW's EMA decays"

@@ -42,8 +42,10 @@ def import_flax(path: Path | str, name: str, **options: Any) -> BoundRule:
         **options: of the learned optimizer, where they differ from the defaults; sizes are read from the arrays.
 
     Raises:
-        ValueError: no such file, not such a checkpoint, or one of another optimizer.
+        ValueError: another name, no such file, not such a checkpoint, or one of another optimizer.
     """
+    if name not in SIZES:
+        raise ValueError(f"name must be one of {', '.join(SIZES)}, got {name!r}")
     arrays = read_flax(path)
     try:
         theta = registry.create("learned_optimizer", name).theta_from_original(arrays)

@@ -10,7 +10,8 @@ from torch import Tensor
 from metaopt.learned import Theta
 from metaopt.perparameter import Decays, Features
 from metaopt.space import option
-from metaopt_learned.timed_mlp import TimedMLP, constant
+from metaopt_learned.feature_sets import constant
+from metaopt_learned.timed_mlp import TimedMLP
 
 MOMENTUM_DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 

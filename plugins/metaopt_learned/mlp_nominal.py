@@ -37,6 +37,13 @@ class MLPNominal(AdafacMLP):
     rescale: bool = option(False, choices=(False, True), doc="multiply d by r")
     outputs: ClassVar[int] = 4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nominal_scale and not self.step_scale:
+            raise ValueError(
+                "step_scale must not be 0 with a nominal term, which is scaled relative to it; give a tiny one"
+            )
+
     def finish(self, outputs: Tensor, param: Tensor, slots: Slots, scale: Tensor, keep: Tensor) -> Tensor:
         """See the class."""
         direction, s, s_nominal, s_decay = outputs

@@ -27,17 +27,16 @@ class MuLO(AdafacMLP):
     Learned Optimizers" (https://arxiv.org/abs/2406.00153).
     """
 
+    needs_roles = True
     hidden: int = option(32, low=1, doc="width H of both hidden layers")
     step_scale: float = option(0.01, doc="constant c of the step")
     hidden_multiplier: float = option(1.0, doc="constant h over fan_in")
     output: str = option("logits", choices=("logits", "weights"), doc="what the output multiplier is part of")
     nan_to_zero: ClassVar[bool] = True
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """As in `TimedMLP`, with the factor f in the scale."""
-        prepared = super().prepare(theta, grads, state, params, hp, ctx)
+        prepared = super().prepare(theta, state, params, hp, ctx)
         factors = {name: self.factor(ctx.info[name]) for name in params}
         scale = {name: value if factors[name] == 1 else value * factors[name] for name, value in prepared.scale.items()}
         return prepared._replace(scale=scale)

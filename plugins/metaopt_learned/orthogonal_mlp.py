@@ -57,11 +57,9 @@ class OrthogonalMLP(Celo2Base):
             theta["w2"][:2, 0] = signs
         return {**theta, "schedule": torch.zeros(self.knots)}
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """As `Celo2Base`, with scheduled scales."""
-        prepared = super().prepare(theta, grads, state, params, hp, ctx)
+        prepared = super().prepare(theta, state, params, hp, ctx)
 
         def factor(step: Tensor) -> Tensor:
             done = progress(step, ctx.horizon)

@@ -19,6 +19,8 @@ from metaopt.rule import Context, Params, State, compute_dtype
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 LOSS_AVERAGES = 10
 PROGRESS_FEATURES = len(FRACTIONS) + LOSS_AVERAGES - 1
+PROGRESS: tuple[str, ...] = ("hidden", "cell", "loss_mean", "loss_min")
+"""The slots of `start_progress`."""
 SHORTEST = 10.0
 """Time constant of the fastest average of the loss, in steps."""
 _PIECE = 65_536
@@ -154,8 +156,12 @@ def clipped_log(x: Tensor) -> Tensor:
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Of all elements, 0-d; 0 if there are none."""
-    return torch.linalg.vector_norm(x).square() / max(x.numel(), 1)
+    """Of all elements, 0-d; 0 if there are none. Of `compute_dtype`, to which a narrow tensor is widened piece by piece."""
+    dtype, size = compute_dtype(x.dtype), max(x.numel(), 1)
+    if x.dtype == dtype:
+        return torch.linalg.vector_norm(x).square() / size
+    pieces = x.reshape(-1).split(_PIECE)
+    return torch.stack([torch.linalg.vector_norm(piece.to(dtype)).square() for piece in pieces]).sum() / size
 
 
 def moments(planes: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,7 @@ class TimedMLP(PerParameterRule):
         sizes = (self.features.count((1, 1)) + len(TIME_SCALES), self.hidden, self.hidden, self.outputs)
         return named(random_layers(sizes, generator))
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """One network for all parameters of one step count, with the time features in its first bias."""
         layers = layers_with_time(layers_of(theta), state, params, ctx)
         scale, keep = scale_and_keep(hp, params, theta["w0"], self.step_scale)
@@ -71,8 +69,8 @@ def named(layers: Layers) -> Theta:
 
 
 def layers_of(theta: Theta) -> Layers:
-    """Inverse of `named`, for three layers."""
-    return tuple((theta[f"w{i}"], theta[f"b{i}"]) for i in range(3))
+    """Inverse of `named`, whatever else is in theta."""
+    return tuple((theta[f"w{i}"], theta[f"b{i}"]) for i in range(sum(name.startswith("w") for name in theta)))
 
 
 def scale_and_keep(
@@ -87,8 +85,3 @@ def scale_and_keep(
 
     found = once(of, {name: hp_of(hp, name) for name in params})
     return {name: scale for name, (scale, _) in found.items()}, {name: keep for name, (_, keep) in found.items()}
-
-
-def constant(decays: tuple[float, ...], like: Tensor) -> Tensor:
-    """Decays that are not learned."""
-    return torch.tensor(decays, dtype=like.dtype, device=like.device)

@@ -12,7 +12,9 @@ from metaopt.learned import Theta
 from metaopt.perparameter import Features, PerParameterRule, Prepared, random_layers
 from metaopt.rule import Context, HyperValues, ParamInfo, Params, State, hp_of
 from metaopt.space import hyper, option
+from metaopt_learned.feature_sets import FACTORED_DECAYS, MOMENTUM_DECAYS, RMS_DECAYS, VELO_BLOCKS, constant_decays
 from metaopt_learned.recurrent import (
+    PROGRESS,
     PROGRESS_FEATURES,
     clipped_log,
     for_params,
@@ -30,12 +32,6 @@ from metaopt_learned.recurrent import (
     unrows,
 )
 
-MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
-RMS_DECAYS = (0.999,)
-FACTORED_DECAYS = (0.9, 0.99, 0.999)
-BLOCKS = (
-    "g", "clipped_g", "p", "m", "v", "m_r", "r", "factored_g", "g_r", "row", "col", "rsqrt_row", "rsqrt_col", "factored_m",
-)  # fmt: skip
 PARAMETER_FEATURES, OUTPUTS = 30, 3
 RANKS = 5
 STEP_SCALE = 0.001
@@ -54,6 +50,7 @@ class TensorScaledRule(PerParameterRule):
 
     needs_loss = True
     needs_horizon = True
+    prepare_reads = PROGRESS
 
     lr: float = hyper(1.0, 0.0, scale="log", search=(0.1, 10.0), doc="multiplies the learned step; weights are for 1")
     hidden: int = option(4, low=1, doc="width of both hidden layers of the per-parameter network")
@@ -65,7 +62,7 @@ class TensorScaledRule(PerParameterRule):
     def features(self) -> Features:
         """See the class."""
         counts = len(MOMENTUM_DECAYS), len(RMS_DECAYS), len(FACTORED_DECAYS)
-        return Features(BLOCKS, *counts, clip=1000.0, diagonal_eps=0.0, layout=self.layout)
+        return Features(VELO_BLOCKS, *counts, clip=1000.0, diagonal_eps=0.0, layout=self.layout)
 
     @property
     def magnitude(self) -> float:
@@ -76,11 +73,6 @@ class TensorScaledRule(PerParameterRule):
     def layer_sizes(self) -> tuple[int, ...]:
         """Of the per-parameter network; its third output is unused."""
         return (PARAMETER_FEATURES, self.hidden, self.hidden, OUTPUTS)
-
-    def decays(self, like: Tensor) -> dict[str, Tensor]:
-        """The accumulators' decays in ``like``'s dtype."""
-        values = {"momentum": MOMENTUM_DECAYS, "rms": RMS_DECAYS, "factored": FACTORED_DECAYS}
-        return {kind: like.new_tensor(decay) for kind, decay in values.items()}
 
     def scales(self, params: Params, squares: Tensor, multiplier: Tensor, hp: HyperValues) -> dict[str, Tensor]:
         """What multiplies each tensor's direction, from the mean squares of the tensors and lambda, both [T]."""
@@ -103,6 +95,7 @@ class VeLO(TensorScaledRule):
     appendix B; HyperV2 in learned_optimization. Defaults are the sizes of the released weights, which are for lr = 1.
     """
 
+    prepare_reads = (*PROGRESS, "momentum", "rms")
     lstm_hidden: int = option(512, low=1, doc="units of the LSTM")
     bank: int = option(256, low=1, doc="number B of networks that are mixed")
     mixing_scale: float = option(100.0, doc="multiplies the mixed weights; 1 in Celo's velo_s")
@@ -129,9 +122,7 @@ class VeLO(TensorScaledRule):
         """``hidden`` and ``cell`` [H], ``loss_mean`` and ``loss_min`` [10]; the loss is that of the whole run."""
         return start_progress(theta, params)
 
-    def prepare(
-        self, theta: Theta, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
-    ) -> Prepared:
+    def prepare(self, theta: Theta, state: State, params: Params, hp: HyperValues, ctx: Context) -> Prepared:
         """One row of the LSTM per tensor, and one product for all networks."""
         theta = for_params(theta, params)
         like = theta["lstm.hidden"]
@@ -149,7 +140,7 @@ class VeLO(TensorScaledRule):
         layers = dict(zip(params, zip(*networks, strict=True), strict=True))
         scale = self.scales(params, sizes, linear(theta, "lstm.step", hidden).squeeze(1), hp)
         keep = dict.fromkeys(params, torch.ones_like(like[0]))
-        return Prepared(self.decays(like), layers, scale, keep, unrows(params, memory))
+        return Prepared(constant_decays(like), layers, scale, keep, unrows(params, memory))
 
     @staticmethod
     def theta_from_original(arrays: Mapping[str, Tensor]) -> Theta:
@@ -161,7 +152,7 @@ class VeLO(TensorScaledRule):
 def networks_from_original(arrays: Mapping[str, Tensor]) -> Theta:
     """``mlp.w{i}`` [B, in, out] and ``mlp.b{i}`` [B, out]; the original splits the first layer by blocks of features."""
     found = {f"mlp.{name}": arrays[f"ff_mod_stack/~/{name}"] for name in ("b0", "w1", "b1", "w2", "b2")}
-    return found | {"mlp.w0": torch.cat([arrays[f"ff_mod_stack/~/w0__{i}"] for i in range(len(BLOCKS))], -2)}
+    return found | {"mlp.w0": torch.cat([arrays[f"ff_mod_stack/~/w0__{i}"] for i in range(len(VELO_BLOCKS))], -2)}
 
 
 def _tensor_features(params: Params, state: State, like: Tensor) -> tuple[Tensor, Tensor]:

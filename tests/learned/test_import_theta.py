@@ -19,7 +19,7 @@ from metaopt import registry
 from metaopt.cli import main
 from metaopt.learned import BoundRule
 from metaopt.resolve import load_theta
-from metaopt_learned.import_theta import SIZES, read_flax
+from metaopt_learned.import_theta import SIZES, import_flax, read_flax
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "golden"
 FILES = {
@@ -172,3 +172,8 @@ def test_published_weights_are_imported_as_they_are(name: str, tmp_path: Path) -
     assert sum(v.numel() for v in theta.values()) == sum(v.size for key, v in arrays.items() if key not in unused)
     total = sum(float(np.abs(value).sum(dtype=np.float64)) for key, value in arrays.items() if key not in unused)
     assert sum(float(v.double().abs().sum()) for v in theta.values()) == pytest.approx(total, rel=1e-12)
+
+
+def test_an_optimizer_that_has_no_original_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^name must be one of small_fc_lopt, .*, got 'orthogonal_mlp'$"):
+        import_flax(tmp_path / "theta.state", "orthogonal_mlp")

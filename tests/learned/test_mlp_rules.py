@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from golden_vectors import load, under
+from golden_vectors import load, torch_optim_trajectory, under
 from test_mlp_rules_golden import RULES, functional, theta_of
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from metaopt.rule import Context, Params, infer_info
 from metaopt_learned.adafac_mlp import AdafacMLP
 from metaopt_learned.celo2 import Celo2, Celo2Base
 from metaopt_learned.mlp_lopt import MLPLOpt
+from metaopt_learned.mlp_nominal import MLPNominal
 from metaopt_learned.mulo import MuLO
 
 
@@ -28,15 +32,17 @@ def to_torch(value: Tensor, first: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "layout" in rule.declared()])
 @pytest.mark.parametrize("inputs", ["learned_inputs", "learned_inputs_edge"])
-def test_torch_layout_is_the_original_transposed(name: str, inputs: str) -> None:
-    """Also where sizes tie. float64; sums run in another order."""
+@pytest.mark.parametrize("execution", ["functional", "cpp"])
+def test_torch_layout_is_the_original_transposed(name: str, inputs: str, execution: Any) -> None:
+    """Also where sizes tie. float64; sums run in another order. C++ knows norms by matrix of kernels in torch's layout only."""
     given, _ = load(inputs)
     start, grads = under(given, "params0"), under(given, "grads")
     theta = theta_of(name, torch.float64)
     theirs = functional(RULES[name].bind(theta), start, grads)
     transposed = tree.map_tree(to_torch, start), tree.map_tree(lambda grad: to_torch(grad, 1), grads)
-    ours = functional(RULES[name].replaced(layout="torch").bind(theta), *transposed)
-    for tensor, values in ours.items():
+    rule = RULES[name].replaced(layout="torch").bind(theta)
+    run = functional if execution == "functional" else partial(torch_optim_trajectory, execution=execution)
+    for tensor, values in run(rule, *transposed).items():
         torch.testing.assert_close(values, to_torch(theirs[tensor], 1), rtol=1e-10, atol=1e-12)
 
 
@@ -74,6 +80,11 @@ def test_mulo_divides_steps_by_fan_in_where_the_role_says_so(rule: MuLO, factor:
         torch.testing.assert_close(scaled[name] - p, (plain[name] - p) * factor[roles[name]], rtol=1e-9, atol=1e-14)
 
 
+def test_a_nominal_step_relative_to_no_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="step_scale must not be 0 with a nominal term"):
+        MLPNominal(step_scale=0.0, nominal_scale=0.1)
+
+
 def test_mulo_reads_an_entry_that_is_not_a_number_as_zero() -> None:
     rule = MuLO()
     theta = rule.init_theta(torch.Generator().manual_seed(0))
@@ -98,7 +109,7 @@ def test_parameters_of_one_step_count_share_one_network() -> None:
     params, _ = example((2, 3), (3,), (4,))
     now, earlier = torch.tensor(7), torch.tensor(3)
     state = {name: {"step": step} for name, step in zip(params, (now, now, earlier), strict=True)}
-    layers = rule.prepare(theta, params, state, params, rule.hp, Context(infer_info(params))).layers
+    layers = rule.prepare(theta, state, params, rule.hp, Context(infer_info(params))).layers
     assert layers["p0"] is layers["p1"]
     assert not torch.equal(layers["p0"][0][1], layers["p2"][0][1])
 

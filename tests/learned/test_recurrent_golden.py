@@ -88,15 +88,24 @@ def test_trajectory_agrees_with_the_jax_original(name: str, edge: str, dtype: to
     assert_as_original(name, edge, got, start, dtype)
 
 
-@pytest.mark.parametrize("name", RULES)
+EXECUTIONS = [  # rules without a per-parameter network have but one
+    (name, execution, dtype)
+    for name, rule in RULES.items()
+    for execution, dtype in [
+        ("plain", torch.float64), ("foreach", torch.float64), ("cpp", torch.float64), ("cpp", torch.float32)
+    ]
+    if execution == "plain" or isinstance(rule, PerParameterRule)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "execution", "dtype"), EXECUTIONS)
 @pytest.mark.parametrize("edge", ["", "edge/"])
-@pytest.mark.parametrize("execution", ["plain", "foreach", "cpp"])
-def test_torch_optimizer_follows_the_same_trajectory(name: str, edge: str, execution: Any) -> None:
-    start, grads, losses = inputs_of(edge, torch.float64)
-    rule = RULES[name].bind(theta_of(name, torch.float64))
+def test_torch_optimizer_follows_the_same_trajectory(name: str, edge: str, execution: Any, dtype: torch.dtype) -> None:
+    start, grads, losses = inputs_of(edge, dtype)
+    rule = RULES[name].bind(theta_of(name, dtype))
     found = torch_optim_trajectory(rule, start, grads, execution, losses, HORIZON)
     got = [tree.index(found, t) for t in range(len(losses))]
-    assert_as_original(name, edge, got, start, torch.float64)
+    assert_as_original(name, edge, got, start, dtype)
 
 
 @pytest.mark.parametrize("edge", ["", "edge/"])

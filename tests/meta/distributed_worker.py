@@ -16,7 +16,9 @@ import torch
 from toys import Diverging, Quadratic, as_theta
 
 from metaopt import registry, tree
+from metaopt.meta import trainer
 from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
+from metaopt.meta.config import MetaTrainConfig
 from metaopt.meta.distributed import process_group
 from metaopt.meta.shard import ALONE, Shard
 
@@ -103,6 +105,26 @@ def estimates(shard: Shard = ALONE) -> dict[str, Any]:
     return results
 
 
+def check_theta(shard: Shard, directory: Path) -> None:
+    """Processes that would begin with different thetas and tasks have those of rank 0, and one that goes astray stops all."""
+    config = MetaTrainConfig(
+        tasks=["quadratic", "iris_mlp", "digits_mlp"], tasks_per_step=1, learned_options={"hidden": 4}, seed=shard.rank
+    )
+    run = trainer._Run(config, shard, None)
+    assert same_everywhere(shard, run.theta)
+    chosen = []
+    for run.step in range(8):
+        chosen += run._choose()
+    assert chosen == shard.broadcast(chosen)
+    run.require_same_theta()
+    if shard.rank == shard.world - 1:
+        run.parameters["b0"].data[0] += 1e-7
+    try:
+        run.require_same_theta()
+    except RuntimeError as error:
+        (directory / f"astray{shard.rank}").write_text(str(error))
+
+
 def lose_the_last(shard: Shard, directory: Path) -> None:
     """The last process dies; each other one must get an error from its next message, and not wait."""
     if shard.rank == shard.world - 1:
@@ -119,6 +141,7 @@ def main(directory: Path) -> None:
     with process_group() as shard:
         check_messages(shard)
         check_checkpoints(shard, directory)
+        check_theta(shard, directory)
         save_checkpoint(directory / "estimates.pt", estimates(shard), shard)
         lose_the_last(shard, directory)
 

@@ -1,7 +1,8 @@
 """What `test_kill_and_resume` starts: meta-training that kills one of its processes once, and is started again.
 
 Run as ``torchrun --max-restarts 2 ... kill_worker.py DIRECTORY VICTIM STEP STEP``: the process of rank VICTIM kills itself in
-the first run soon after the first step given, after a restart in the second run after the other; then come unbroken runs.
+the first run in the midst of the first step given, after a restart in the second run in that of the other; then come
+unbroken runs.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
+from metaopt.meta import trainer
 from metaopt.meta.distributed import process_group
-from metaopt.meta.trainer import METRICS_FILE, MetaTrainConfig, meta_train
+from metaopt.meta.trainer import MetaTrainConfig, meta_train
 
 STEPS = 30
 ESTIMATORS = {"pes": {"pairs": 3, "window": 5}, "truncated_unroll": {"copies": 3, "window": 5, "segment": 5}}
@@ -29,11 +30,16 @@ def config(estimator: str) -> MetaTrainConfig:
     )  # fmt: skip
 
 
-def kill_soon_after(step: int, metrics: Path) -> None:
-    """Whatever this process is doing when that step was logged."""
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill_in(step: int) -> None:
+    """This process dies between the meta-gradient of that step (counted from 0) and the move of theta by it."""
+    update = trainer._Run._update
+
+    def die_or_update(run: trainer._Run, *arguments: Any) -> float:
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(run, *arguments)
+
+    trainer._Run._update = die_or_update  # type: ignore[method-assign]
 
 
 def main(directory: Path, victim: int, steps: list[int]) -> None:
@@ -41,8 +47,7 @@ def main(directory: Path, victim: int, steps: list[int]) -> None:
     with process_group() as shard:
         for i, estimator in enumerate(ESTIMATORS):
             if restarts == i and shard.rank == victim:
-                log = directory / f"{estimator}_killed" / METRICS_FILE
-                threading.Thread(target=kill_soon_after, args=(steps[i], log), daemon=True).start()
+                kill_in(steps[i])
             meta_train(config(estimator), directory / f"{estimator}_killed", progress=False, shard=shard)
         for estimator in ESTIMATORS:
             meta_train(config(estimator), directory / f"{estimator}_unbroken", progress=False, shard=shard)

@@ -40,6 +40,13 @@ def test_messages_and_checkpoints_between_processes(launch: tuple[int, Path, str
     assert equal(one["carries"], several["carries"])
 
 
+def test_a_process_whose_theta_differs_stops_all_before_the_checkpoint(launch: tuple[int, Path, str]) -> None:
+    world, directory, output = launch
+    told = [file.read_text() for file in directory.glob("astray*")]
+    assert len(told) == world, output
+    assert all("the processes hold different thetas after outer step 7" in text for text in told)
+
+
 def test_estimators_do_not_depend_on_the_number_of_processes(launch: tuple[int, Path, str]) -> None:
     """In float64 on a problem that does not amplify rounding; 7 copies in shares of 3 and 4, or of 2, 2 and 3."""
     several, one = load_checkpoint(launch[1] / "estimates.pt"), estimates()

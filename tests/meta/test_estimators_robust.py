@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor
-from toys import Diverging, K, Linear, Quadratic, Varied, as_theta, estimates
+from toys import Diverging, K, Linear, Quadratic, T, Varied, as_theta, estimates
 
 from metaopt import registry, tree
+from metaopt.meta.estimator import copy_noise
 from metaopt.meta.shard import Shard
 from metaopt_learned.estimators.es import TruncatedES
 from metaopt_learned.estimators.full_es import FullES
@@ -61,6 +62,53 @@ def test_the_mean_is_over_the_live_copies(name: str) -> None:
     estimator = make(name, stagger=False) if name in WINDOWED else make(name)
     alone, some = (estimates(estimator, inner, [0.3], 1) for inner in (Linear(), SomeDie()))
     torch.testing.assert_close(alone, some, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", ["es", "pes", "nres", "full_es"])
+def test_a_contribution_that_overflows_is_left_out_and_counted_like_a_diverged_copy(name: str) -> None:
+    class Half(Linear):
+        """Every second episode's losses are ``size`` times the sign of the perturbation."""
+
+        def __init__(self, size: float) -> None:
+            super().__init__()
+            self.size = size
+
+        def run(self, theta: Any, state: Any, steps: int) -> Any:
+            losses, state = super().run(theta, state, steps)
+            doomed, sign = state["seed"] % 2 == 0, (theta["theta"] - 0.3).sign()
+            return torch.where(doomed[:, None], self.size * sign, losses), state
+
+    estimator, found = make(name, sigma=1e-4), []
+    for size in (1e306, torch.nan):  # 1e306 is finite, a hundred thousand times that is not
+        carry = estimator.start(Half(size), as_theta([0.3]), seed=0)
+        gradient, _, metrics = estimator.estimate(Half(size), as_theta([0.3]), carry)
+        found.append((float(gradient["theta"]), metrics["diverged"]))
+    assert found[0] == found[1]
+    assert 0 < found[0][0] < 1e3
+    assert 0 < found[0][1] < 16
+
+
+@every
+def test_a_loss_that_is_not_finite_counts_as_the_worst_where_there_is_one(name: str) -> None:
+    class Kept(Diverging):
+        worst = 1000.0
+
+    excluded, kept = ([], []), ([], [])
+    for inner, (metrics, carries) in ((Diverging(), excluded), (Kept(), kept)):
+        estimator = make(name)
+        carry = estimator.start(inner, as_theta([0.3]), seed=0)
+        for _ in range(8):
+            gradient, carry, measured = estimator.estimate(inner, as_theta([0.3]), carry)
+            assert torch.isfinite(gradient["theta"]).all()
+            metrics.append(measured)
+            carries.append(carry)
+    assert sum(one["diverged"] for one in excluded[0]) > 0
+    assert [one["worst"] for one in kept[0]] == [one["diverged"] for one in excluded[0]]
+    assert all(one["diverged"] == 0 for one in kept[0])
+    for one, other in zip(excluded[0], kept[0], strict=True):
+        assert (other["meta_loss"] > one["meta_loss"]) == (one["diverged"] > 0)
+    clocks = [[c["copies"].get("left", torch.zeros(0)).tolist() for c in carries] for _, carries in (excluded, kept)]
+    assert clocks[0] == clocks[1], "they begin anew all the same"
 
 
 @every
@@ -206,24 +254,28 @@ def test_staggered_copies_end_their_first_episodes_evenly(name: str) -> None:
 def test_sigma_scale_sets_the_deviation_by_name(strategy: Any) -> None:
     theta = {"a": as_theta([0.05])["theta"], "b": as_theta([-0.03])["theta"]}
 
-    class Named(Quadratic):
+    class Named(Linear):
+        """Its losses are linear in theta, so smoothing changes nothing: step t's is t (2 a + 3 b)."""
+
         def start(self, theta: Any, seeds: Tensor, lengths: Tensor) -> Any:
-            return super().start({"theta": torch.cat([theta["a"], theta["b"]], 1)}, seeds, lengths)
+            return super().start({"theta": theta["a"]}, seeds, lengths)
 
         def run(self, theta: Any, state: Any, steps: int) -> Any:
             seen.append((theta["a"] - 0.05, theta["b"] + 0.03))
-            return super().run({"theta": torch.cat([theta["a"], theta["b"]], 1)}, state, steps)
+            return super().run({"theta": 2 * theta["a"] + 3 * theta["b"]}, state, steps)
 
     seen: list[tuple[Tensor, Tensor]] = []
-    estimator = strategy(pairs=2000, sigma=0.1, sigma_scale={"b*": 0.1})
+    pairs, options = 2000, {} if strategy is FullES else {"window": T, "stagger": False}
+    estimator = strategy(pairs=pairs, sigma=0.1, sigma_scale={"b*": 0.1}, **options)
     assert estimator.sigma_scale == (("b*", 0.1),)
     gradient, _, _ = estimator.estimate(Named(), theta, estimator.start(Named(), theta, seed=0))
     assert seen[0][0].std() == pytest.approx(0.1, rel=0.1)
     assert seen[0][1].std() == pytest.approx(0.01, rel=0.1)
-    # the smaller deviation is divided by, so the estimate is of the same gradient
-    plain, _, _ = strategy(pairs=2000, sigma=0.1).estimate(Named(), theta, estimator.start(Named(), theta, seed=0))
-    assert gradient["a"] == pytest.approx(float(plain["a"]), rel=0.2)
-    assert gradient["b"].abs() < 20 * plain["b"].abs() + 1
+    a, b = 2 * (T + 1) / 2, 3 * (T + 1) / 2  # of the mean loss of an episode
+    # a pair's contribution to a is xi (a xi + 0.1 b zeta), to b zeta (b zeta + 10 a xi), for standard normal xi and zeta
+    errors = {"a": (2 * a**2 + (0.1 * b) ** 2) ** 0.5, "b": (2 * b**2 + (10 * a) ** 2) ** 0.5}
+    for name, exact in (("a", a), ("b", b)):
+        assert abs(float(gradient[name]) - exact) < 3 * errors[name] / pairs**0.5
     with pytest.raises(ValueError, match="sigma_scale names 'c', but theta has only a, b"):
         strategy(sigma_scale=[["c", 1.0]]).start(Named(), theta, seed=0)
 
@@ -279,6 +331,24 @@ def test_one_sided_differences_are_to_the_others_of_the_same_task() -> None:
     torch.testing.assert_close(
         grouped, torch.tensor([1 - 5.5, 3 - 4.5, 8 - 2.0, 0, 5 - 6.0, 6 - 5.0], dtype=torch.float64)
     )
+
+
+def test_a_one_sided_copy_without_a_live_one_beside_it_is_not_in_the_mean() -> None:
+    class OneSurvives(Linear):
+        def run(self, theta: Any, state: Any, steps: int) -> Any:
+            losses, state = super().run(theta, state, steps)
+            losses[1:3] = torch.nan  # two of the first group of three
+            return losses, state
+
+    both, alone = PES(pairs=6, pairs_per_task=3, antithetic=False, window=K, stagger=False), []
+    for inner in (OneSurvives(), Linear()):
+        gradient, _, metrics = both.estimate(inner, as_theta([0.3]), both.start(inner, as_theta([0.3]), seed=0))
+        alone.append((float(gradient["theta"]), metrics["diverged"]))
+    eps = 0.01 * copy_noise(0, 0, torch.arange(6), 1, as_theta([0.3])["theta"])[:, 0]
+    # a loss of Linear grows by theta a step: in a window of K by (K + 1) / 2 of it in the mean
+    each = (K + 1) / 2 * (eps - eps.unflatten(0, (2, 3)).mean(1).repeat_interleave(3)) * 1.5 * eps / 0.01**2
+    assert alone[1] == (pytest.approx(float(each.mean()), rel=1e-9), 0)
+    assert alone[0] == (pytest.approx(float(each[3:].mean()), rel=1e-9), 3)
 
 
 @pytest.mark.parametrize("strategy", [TruncatedES, PES, NRES, FullES])

@@ -41,7 +41,7 @@ def score_by_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
         runs.append(run)
 
     def score(evaluation: Evaluation, *_: object) -> dict[str, float]:
-        return {"x": -abs(float(torch.tensor(runs[-1].config.outer_lr / 0.01).log10()))}
+        return {"quadratic": -abs(float(torch.tensor(runs[-1].config.outer_lr / 0.01).log10()))}
 
     monkeypatch.setattr(trainer._Run, "__init__", remember)
     monkeypatch.setattr(Evaluation, "scores", score)
@@ -131,12 +131,34 @@ def test_a_population_goes_on_from_its_better_members(score_by_learning_rate: No
         ({"space": {"outer_lr": (0.0, 1.0)}}, r"the range of outer_lr must be 0 < low < high, got 0.0 and 1.0"),
         ({"space": {"sigma": (0.1, 1.0)}}, "no setting 'sigma'; write outer_lr, or estimator_options.sigma"),
         ({"generations": 2, "trials": 3}, "trials must be at least 4, got 3"),
+        ({"space": {"estimator_options.pairs": (2.5, 8.0)}}, "pairs must be an integer of at least 1, got 2.5"),
+        ({"space": {"ema_decay": (0.5, 2.0)}}, r"ema_decay must be in \[0, 1\), got 2.0"),
     ],
 )
 def test_impossible_searches_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         meta_tune(**{"config": CONFIG, "directory": tmp_path / "none", **arguments})
     assert not (tmp_path / "none").exists()
+
+
+def test_a_search_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a search runs in 1 process, got WORLD_SIZE=2; start it without torchrun"):
+        meta_tune(CONFIG, tmp_path / "none", progress=False)
+
+
+def test_between_integers_only_integers_are_tried_and_a_trial_that_cannot_run_is_no_longer_tried(
+    score_by_learning_rate: None, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, outer_steps=1, estimator_options={"window": 5, "pairs_per_task": 2})
+    with pytest.raises(ValueError, match=r"trial \d+ with {'estimator_options.pairs': \d+} cannot run: pairs must be"):
+        meta_tune(config, tmp_path, trials=20, space={"estimator_options.pairs": (2, 8)}, progress=False)
+    assert trials_in(tmp_path)[-1].state == TrialState.FAIL
+    config = dataclasses.replace(CONFIG, outer_steps=1)
+    meta_tune(
+        config, tmp_path / "b", trials=4, generations=2, space={"estimator_options.pairs": (2, 8)}, progress=False
+    )
+    assert all(isinstance(trial.params["estimator_options.pairs"], int) for trial in trials_in(tmp_path / "b"))
 
 
 def test_settings_reach_fields_and_options_and_leave_the_rest() -> None:

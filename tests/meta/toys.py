@@ -13,6 +13,8 @@ T, K = 20, 5
 class Linear:
     """s_0 = 0, s_t = s_{t-1} + theta; loss s_t at every step, or s_T at the last step only."""
 
+    worst: float | None = None
+
     def __init__(self, loss: str = "every", horizon: int = T) -> None:
         self.loss, self.horizon = loss, horizon
 

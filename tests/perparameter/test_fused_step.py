@@ -14,9 +14,9 @@ from torch import Generator, Tensor
 
 from metaopt import registry, tree
 from metaopt.learned import Theta
-from metaopt.perparameter import PerParameterRule
+from metaopt.perparameter import PerParameterRule, Prepared, cpp
 from metaopt.perparameter.cpp import fused_step, supports
-from metaopt.program.build import compiler
+from metaopt.program.build import compiler, load_library
 from metaopt.rule import Context, Params, State, infer_info
 from metaopt.unroll import Carry, start, unroll
 from metaopt_learned.adafac_mlp import AdafacMLP
@@ -140,19 +140,35 @@ def assert_same_bits(a: Any, b: Any) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
+THREADS = """
+extern "C" int threads() {
+    int found = 0;
+#ifdef _OPENMP
+    #pragma omp parallel num_threads(2) reduction(+: found)
+#endif
+    found += 1;
+    return found;
+}
+"""
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_number_of_threads_changes_no_bit(k: int) -> None:
     # the first two are shared out by chunks where there are fewer copies than threads
+    library = load_library(THREADS)
+    if library is None or library.threads() != 2:
+        pytest.skip("the compiler has no OpenMP that torch's threads can run")
     shapes = {"big": (200, 330), "flat": (50_001,), "small": (9, 4)}
     rule = RULES["adafac_4"]
     given = copies_of(rule, k, True, shapes)
+    before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
             results.append(run(rule, *given, True, fused=True))
         finally:
-            torch.set_num_threads(1)
+            torch.set_num_threads(before)
     for params, state in results[1:]:
         assert_same_bits(params[-1], results[0][0][-1])
         assert_same_bits(state, results[0][1])
@@ -205,11 +221,11 @@ def test_narrow_parameters_are_stepped_in_single_precision() -> None:
 def test_in_place_is_out_of_place(name: str, dtype: torch.dtype) -> None:
     rule = RULES[name]
     theta, params, (grads, *_) = as_dtype(copies_of(rule, 1, True), dtype)
-    params = {name: p for name, p in params.items() if supports(rule.features, {name: p})}
+    params = {name: p for name, p in params.items() if supports(rule.features, p.shape[1:], p)}
     info = infer_info({name: p[0] for name, p in params.items()})
     state = torch.vmap(lambda p, theta: rule.init(p, info, theta))(params, theta)
     own_theta, own_params, own_state = (tree.index(part, 0) for part in (theta, params, state))
-    prepared = rule.prepare(own_theta, {}, own_state, own_params, HP, Context(info)).map(lambda v: v.unsqueeze(0))
+    prepared = rule.prepare(own_theta, own_state, own_params, HP, Context(info)).map(lambda v: v.unsqueeze(0))
     step = rule.cpp_step
     apart = fused_step(step, prepared, grads, params, state)
     kept = tree.map_tree(torch.clone, params)
@@ -271,3 +287,89 @@ def test_a_layer_of_the_wrong_size_is_refused() -> None:
     theta["matrix_w0"] = theta["matrix_w0"][:-1]
     with pytest.raises(ValueError, match="between 5 and 2 values has weight"):
         run(rule, theta, params, grads, False, fused=True)
+
+
+Given = tuple[Prepared, Params, Params, State]
+
+
+def given_to_cpp(rule: PerParameterRule) -> Given:
+    """What `fused_step` takes, for two copies of a matrix, a vector and a kernel."""
+    theta, params, (grads, *_) = copies_of(rule, 2, False, {name: SHAPES[name] for name in ("wide", "vector", "conv")})
+    info = infer_info({name: p[0] for name, p in params.items()})
+    own = tree.index(params, 0)
+    state = rule.init(own, info, theta)
+    prepared = rule.prepare(theta, state, own, HP, Context(info)).map(lambda v: torch.stack([v] * 2))
+    return prepared, grads, params, tree.map_tree(lambda v: torch.stack([v] * 2), state)
+
+
+def less(part: Any, *keys: str) -> None:
+    """Remove the last of what ``part`` holds under the keys: an entry, or the end of a tensor [2, n]."""
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = part[keys[-1]][:, :-1]
+
+
+@pytest.mark.parametrize("name", ["everything", "matrices"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda prepared, grads, state: less(prepared.decays, "momentum"), "decays of momentum must have shape"),
+        (lambda prepared, grads, state: less(prepared.decays, "factored"), "decays of factored must have shape"),
+        (lambda prepared, grads, state: prepared.decays.pop("factored"), "decays has no 'factored'"),
+        (lambda prepared, grads, state: prepared.scale.update(wide=torch.zeros(1)), r"scale of 'wide.* \(2,\)"),
+        (lambda prepared, grads, state: prepared.keep.update(vector=torch.zeros(2, 97)), "keep of 'vector' must have"),
+        (lambda prepared, grads, state: prepared.keep.pop("conv"), "'conv' has no keep"),
+        (lambda prepared, grads, state: prepared.layers.pop("wide"), "'wide' has no layers"),
+        (lambda prepared, grads, state: grads.pop("wide"), "'wide' has no gradient"),
+        (lambda prepared, grads, state: less(grads, "vector"), "the gradient of 'vector' must have shape"),
+        (lambda prepared, grads, state: less(state, "wide", "momentum"), "momentum of 'wide' must have shape"),
+        (lambda prepared, grads, state: less(state, "conv", "row"), "row of 'conv.* must have shape"),
+        (lambda prepared, grads, state: state["wide"].pop("col"), "state of 'wide' must hold .* row, col, got"),
+        (
+            lambda prepared, grads, state: state["vector"].update(diag=state["vector"]["diag"].double()),
+            "diag of 'vector' must have dtype torch.float32",
+        ),
+    ],
+)
+def test_what_is_missing_or_of_another_size_is_refused_before_cpp_reads_it(
+    name: str, change: Any, message: str
+) -> None:
+    rule = RULES[name]
+    prepared, grads, params, state = given_to_cpp(rule)
+    assert fused_step(rule.cpp_step, prepared, grads, params, state) is not None
+    change(prepared, grads, state)
+    with pytest.raises(ValueError, match=message) as raised:
+        fused_step(rule.cpp_step, prepared, grads, params, state)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [(1_000_000, 1), (2, 1_000_000), (3, 70_000)])
+def test_skinny_matrices_are_left_to_the_chunks(shape: tuple[int, ...]) -> None:
+    """C++ keeps the hidden units of every row and column: as many as a skinny matrix has elements, times their number."""
+    features = AdafacMLP(hidden=32).features
+    like = torch.zeros(())
+    assert not supports(features, shape, like)
+    assert supports(features, (shape[0] * shape[1],), like)
+    assert all(supports(features, wide, like) for wide in [(50_257, 768), (30_000, 16), (4096, 4096), (9, 60_000)])
+
+
+def test_a_skinny_matrix_is_stepped_beside_others() -> None:
+    rule = RULES["adafac_4"]
+    given = as_dtype(copies_of(rule, 1, False, {"skinny": (70_000, 2), "wide": (5, 150)}), torch.float64)
+    wanted, _ = run(rule, *given, False, fused=False)
+    got, _ = run(rule, *given, False, fused=True)
+    for name, value in wanted[-1].items():
+        torch.testing.assert_close(got[-1][name], value, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_step_that_runs_out_of_memory_says_so(copies: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ allocates before it reads, here for 2^56 columns; an exception that leaves it would end the process."""
+    rule = RULES["adafac_4"]
+    prepared, *given = given_to_cpp(rule)
+    one: list[Any] = [tree.map_tree(lambda v: v[:copies].contiguous(), {"wide": part["wide"]}) for part in given]
+    monkeypatch.setattr(cpp, "_geometry", lambda *_: (1 << 59, 8, 1, 1 << 56, 1, 1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with pytest.raises(MemoryError, match="execution='foreach'"):
+        fused_step(rule.cpp_step, prepared.map(lambda v: v[:copies]), *one)

@@ -20,6 +20,7 @@ from metaopt.perparameter.chunked import parts_of
 from metaopt.perparameter.in_place import step_in_place
 from metaopt.program import compiler
 from metaopt.rule import Context, Params, State, compute_dtype, infer_info
+from metaopt_learned import recurrent
 from metaopt_learned.adafac_mlp import AdafacMLP
 from metaopt_learned.celo import Celo
 from metaopt_learned.velo import VeLO
@@ -150,17 +151,24 @@ class LargestMade(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rule", [AdafacMLP(hidden=32), Celo(phase=1)], ids=["adafac_mlp", "clipped"])
-def test_what_exists_at_once_is_bounded_by_the_chunk(rule: PerParameterRule, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "rule", [AdafacMLP(hidden=32), Celo(phase=1), VeLO(lstm_hidden=8, bank=4)], ids=lambda r: type(r).__name__
+)
+def test_what_exists_at_once_is_bounded_by_the_chunk(
+    rule: PerParameterRule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plain form makes some hundred bytes for each element of a tensor."""
     monkeypatch.setattr(chunked, "CPU_CHUNK", 512)
+    monkeypatch.setattr(recurrent, "_PIECE", 512)
     theta = rule.init_theta(Generator().manual_seed(0))
-    params, grads = ({"w": torch.randn(300, 200), "b": torch.randn(60_000)} for _ in range(2))
+    params, grads = ({"w": torch.randn(300, 200, dtype=dtype), "b": torch.randn(60_000, dtype=dtype)} for _ in range(2))
     info = infer_info(params)
     state = rule.init(params, info, theta)
     known = {value.untyped_storage().data_ptr() for part in (params, grads, state) for value in tree.leaves(part)}
     with LargestMade(known) as made:
-        step_in_place(rule, theta, grads, state, params, HP, Context(info), cpp=False)
+        ctx = Context(info, loss=torch.tensor(1.0), horizon=20)
+        step_in_place(rule, theta, grads, state, params, HP, ctx, cpp=False)
     assert 0 < made.elements <= 512 * max(rule.features.count((1, 1)), 32)
 
 
@@ -172,3 +180,19 @@ def test_parts_cover_every_element_once(shape: tuple[int, ...], most: int) -> No
         count[part] += 1
     assert torch.equal(count, torch.ones(shape))
     assert len(parts_of(shape, most)) >= math.prod(shape) / most
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"blocks": ("g", "momentum")}, "a block must be one of g, .*, got 'momentum'"),
+        ({"momentum": 0}, "block 'm' is made of momentum accumulators; set momentum to at least 1"),
+        ({"norm": "row"}, "norm must be one of tensor, matrix, got 'row'"),
+        ({"layout": "numpy"}, "layout must be one of torch, jax, got 'numpy'"),
+    ],
+)
+def test_features_that_do_not_exist_are_refused_when_they_are_declared(wrong: dict[str, Any], message: str) -> None:
+    given = {"blocks": ("g", "m"), "momentum": 1, "rms": 0, "factored": 0}
+    Features(**given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        Features(**given | wrong)  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def meta_train(
 
     if set_task and not task:
         raise ValueError("--set-task goes with --task; in a TOML file write tasks = [{name = ..., options = {...}}]")
-    given = {
+    flags = {
         "learned": learned,
         "learned_options": parse_settings(set_learned or []),
         "tasks": [TaskChoice(name, parse_settings(set_task or [])) for name in listed(task or [])],
@@ -101,17 +101,15 @@ def meta_train(
         "seed": seed,
         "device": device,
         "backend": backend,
-        **parse_settings(settings or []),
     }
-    values = read_settings(config) if config else {}
-    for name, value in given.items():
-        if isinstance(value, dict):
-            values[name] = values.get(name, {}) | value
-        elif value not in (None, []):
-            values[name] = value
+    values = (read_settings(config) if config else {}) | parse_settings(settings or [])
+    for name, value in flags.items():
+        if value not in (None, [], {}):
+            there = values.get(name)
+            values[name] = there | value if isinstance(there, dict) and isinstance(value, dict) else value
     chosen = make_config(values)
-    check_device(chosen.device)
     with process_group(chosen.device) as shard:
+        check_device(chosen.device)  # by now each process has a GPU of its own
         result = run(chosen, out, tensorboard=tensorboard, shard=shard, progress=shard.rank == 0)
     if shard.rank:
         return

@@ -21,7 +21,7 @@ def meta_tune(
         list[str] | None,
         typer.Option(
             metavar="NAME=LOW:HIGH",
-            help="A setting to search, such as outer_lr=1e-4:1e-1 or estimator_options.sigma=1e-3:1e-1.",
+            help="A setting to search, such as outer_lr=1e-4:1e-1 or estimator_options.pairs=4:64 (integers).",
             show_default="outer_lr, sigma, clip_norm",
         ),
     ] = None,
@@ -49,7 +49,7 @@ def meta_tune(
 def _range(text: str) -> tuple[str, tuple[float, float]]:
     name, _, ends = text.partition("=")
     try:
-        low, high = map(float, ends.split(":"))
+        low, high = (int(end) if end.isdecimal() else float(end) for end in ends.split(":"))
     except ValueError:
         raise ValueError(f"{text!r} must look like NAME=LOW:HIGH, for example outer_lr=1e-4:1e-1") from None
     return name, (low, high)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from metaopt_learned.estimators.episodes import Stretch
 from metaopt_learned.estimators.windowed import WindowedStrategy
 
 
@@ -23,8 +18,3 @@ class TruncatedES(WindowedStrategy):
     @property
     def _kept_signs(self) -> int:
         return 1
-
-    def _credits(
-        self, memory: dict[str, Any], stretches: list[Stretch], eps: Tensor
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return list(eps), {}

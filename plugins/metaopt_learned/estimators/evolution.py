@@ -95,8 +95,15 @@ class EvolutionStrategy(GradientEstimator):
         signs = torch.tensor([1.0, -1.0][: self._signs]).to(center)
         return center + signs[:, None] * eps.unsqueeze(1)
 
+    def _comparable(self, live: Tensor) -> Tensor:
+        """Which pairs [N] have an estimate: the live ones, one-sided where another of the group is live."""
+        if self.antithetic:
+            return live
+        grouped = live.unflatten(0, (-1, self._group_size))
+        return (grouped & (grouped.sum(1, keepdim=True) > 1)).flatten()
+
     def _differences(self, losses: Tensor, live: Tensor) -> Tensor:
-        """Delta of each pair and step [N, K] from all pairs' losses [N, S, K]; 0 where not live [N]."""
+        """Delta of each pair and step [N, K] from all pairs' losses [N, S, K]; 0 where not `_comparable`."""
         losses = torch.where(live[:, None, None], losses, torch.zeros_like(losses))
         if self.shaping == "rank":
             losses = _centred_ranks(losses.mean(2), live).unsqueeze(2).expand_as(losses)
@@ -106,11 +113,10 @@ class EvolutionStrategy(GradientEstimator):
             grouped = losses[:, 0].unflatten(0, (-1, self._group_size))
             counts = live.unflatten(0, (-1, self._group_size)).sum(1)[:, None, None].to(grouped)
             others = (grouped.sum(1, keepdim=True) - grouped) / (counts - 1).clamp(min=1)
-            alone = counts == 1  # nothing to compare with, so no estimate
-            delta = torch.where(alone, torch.zeros_like(grouped), grouped - others).flatten(0, 1)
+            delta = (grouped - others).flatten(0, 1)
         if self.shaping == "sign":
             delta = delta.mean(1, keepdim=True).sign().expand_as(delta) / self._signs
-        return torch.where(live.unsqueeze(1), delta, torch.zeros_like(delta))
+        return torch.where(self._comparable(live).unsqueeze(1), delta, torch.zeros_like(delta))
 
 
 def _centred_ranks(losses: Tensor, live: Tensor) -> Tensor:

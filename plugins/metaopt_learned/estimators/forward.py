@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from metaopt import tree
 from metaopt.learned import Theta, from_vector, to_vector
-from metaopt.meta.estimator import GradientEstimator, mean_of_live, own_copies, window_metrics
+from metaopt.meta.estimator import GradientEstimator, as_worst, mean_of_live, own_copies, window_metrics
 from metaopt.meta.inner import InnerProblem
 from metaopt.meta.shard import ALONE, Shard
 from metaopt.space import hyper, option
@@ -71,11 +71,13 @@ class ForwardGradient(GradientEstimator):
             tangent = tree.map_tree(lambda leaf: _unpack(leaf)[1], state)
             state = tree.map_tree(lambda leaf: _unpack(leaf)[0], state)
         contributions = credited(slopes.to(center), portions(stretches), list(directions))
-        live = torch.isfinite(losses).all(1) & torch.isfinite(slopes).all(1)
-        gradient = mean_of_live(contributions, live.to(center.device), self.clip_task, shard)
-        everyone = shard.gather({"losses": losses, "live": live}, self.copies)
-        metrics = window_metrics(everyone["losses"], everyone["live"], everyone["losses"].numel())
-        new_carry = next_carry(carry, clock, live, state, {"tangent": tangent})
+        exact = torch.isfinite(slopes).all(1)
+        live = exact & torch.isfinite(as_worst(losses, inner.worst)).all(1)
+        survives = exact & torch.isfinite(losses).all(1)
+        gradient, count = mean_of_live(contributions, live.to(center.device), self.clip_task, shard)
+        everyone = shard.gather(losses, self.copies)
+        metrics = window_metrics(everyone, count, everyone.numel(), inner.worst)
+        new_carry = next_carry(carry, clock, survives, state, {"tangent": tangent})
         return from_vector(gradient, theta), new_carry, metrics
 
 

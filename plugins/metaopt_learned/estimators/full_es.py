@@ -8,7 +8,7 @@ import torch
 
 from metaopt import tree
 from metaopt.learned import Theta, from_vector, to_vector
-from metaopt.meta.estimator import mean_of_live, own_copies, window_metrics
+from metaopt.meta.estimator import as_worst, mean_of_live, own_copies, window_metrics
 from metaopt.meta.inner import InnerProblem
 from metaopt.meta.shard import ALONE, Shard
 from metaopt.space import option
@@ -60,10 +60,12 @@ class FullES(EvolutionStrategy):
             own_values = torch.where(torch.isfinite(losses).all(2), judged, torch.nan)
         else:
             own_values = (loss_weights(losses, lengths, self.objective) * losses).sum(2)
-        values = shard.gather(own_values, self.pairs)
+        found = shard.gather(own_values, self.pairs)  # NaN of an episode with a loss that is not finite
+        values = as_worst(found, inner.worst)
         live = torch.isfinite(values).all(1)
         at = summed.to(center.device)
         delta = self._differences(values.unsqueeze(2), live).to(center)[at]
-        gradient = mean_of_live(delta * eps / deviations**2, live.to(center.device)[at], self.clip_task, summing)
-        metrics = window_metrics(values, live, self._signs * int(shard.sum(lengths.sum())))
+        counted = self._comparable(live).to(center.device)[at]
+        gradient, count = mean_of_live(delta * eps / deviations**2, counted, self.clip_task, summing)
+        metrics = window_metrics(found, count, self._signs * int(shard.sum(lengths.sum())), inner.worst)
         return from_vector(gradient, theta), {**carry, "windows": carry["windows"] + 1}, metrics

@@ -22,8 +22,3 @@ class NRES(WindowedStrategy):
 
     def _window_noise(self, carry: dict[str, Any], stretches: list[Stretch], own: Tensor, deviations: Tensor) -> Tensor:
         return deviations * episode_noise(int(carry["seed"]), stretches, own, len(deviations), deviations)
-
-    def _credits(
-        self, memory: dict[str, Any], stretches: list[Stretch], eps: Tensor
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return list(eps), {}

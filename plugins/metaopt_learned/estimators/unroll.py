@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt.learned import Theta, from_vector, to_vector
-from metaopt.meta.estimator import GradientEstimator, mean_of_live, own_copies, window_metrics
+from metaopt.meta.estimator import GradientEstimator, as_worst, mean_of_live, own_copies, window_metrics
 from metaopt.meta.inner import InnerProblem
 from metaopt.meta.shard import ALONE, Shard
 from metaopt.space import hyper, option
@@ -25,14 +25,14 @@ class _Backpropagation(GradientEstimator):
     clip_task: float = hyper(0.0, 0.0, doc="largest norm of one run's gradient; biased unless 0 = never")
 
     def _finish(
-        self, losses: Tensor, gradients: Tensor, shard: Shard, steps: Tensor
+        self, inner: InnerProblem, losses: Tensor, gradients: Tensor, shard: Shard, steps: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Mean gradient [D], which of its own runs are live [n], and metrics; losses [n] and gradients [n, D]."""
-        finite = torch.isfinite(losses) & torch.isfinite(gradients).all(1).to(losses.device)
-        gradient = mean_of_live(gradients, finite.to(gradients.device), self.clip_task, shard)
-        everyone = shard.gather({"loss": losses, "live": finite}, self.copies)
-        metrics = window_metrics(everyone["loss"], everyone["live"], int(shard.sum(steps)))
-        return gradient, finite, metrics
+        """Mean gradient [D], which of its own runs go on [n], and metrics; losses [n] and gradients [n, D]."""
+        exact = torch.isfinite(gradients).all(1).to(losses.device)
+        live = exact & torch.isfinite(as_worst(losses, inner.worst))
+        gradient, count = mean_of_live(gradients, live.to(gradients.device), self.clip_task, shard)
+        metrics = window_metrics(shard.gather(losses, self.copies), count, int(shard.sum(steps)), inner.worst)
+        return gradient, exact & torch.isfinite(losses), metrics
 
 
 class FullUnroll(_Backpropagation):
@@ -60,7 +60,7 @@ class FullUnroll(_Backpropagation):
             inner, thetas, theta, {}, stretches, lambda found: loss_weights(found, lengths, self.objective)
         )
         values = (loss_weights(losses, lengths, self.objective) * losses).sum(2)
-        gradient, _, metrics = self._finish(values[:, 0], gradients[:, 0], shard, lengths.sum())
+        gradient, _, metrics = self._finish(inner, values[:, 0], gradients[:, 0], shard, lengths.sum())
         return from_vector(gradient, theta), {**carry, "windows": carry["windows"] + 1}, metrics
 
 
@@ -90,5 +90,5 @@ class TruncatedUnroll(_Backpropagation):
             lambda found: torch.full_like(found, 1 / self.window),
         )  # fmt: skip
         steps = torch.tensor(len(own) * self.window)
-        gradient, live, metrics = self._finish(losses.mean(2)[:, 0], gradients[:, 0], shard, steps)
-        return from_vector(gradient, theta), next_carry(carry, clock, live, state, {}), metrics
+        gradient, survives, metrics = self._finish(inner, losses.mean(2)[:, 0], gradients[:, 0], shard, steps)
+        return from_vector(gradient, theta), next_carry(carry, clock, survives, state, {}), metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.learned import Theta, from_vector, to_vector
-from metaopt.meta.estimator import mean_of_live, own_copies, window_metrics
+from metaopt.meta.estimator import as_worst, mean_of_live, own_copies, window_metrics
 from metaopt.meta.inner import InnerProblem
 from metaopt.meta.shard import ALONE, Shard
 from metaopt.space import option
@@ -60,17 +59,19 @@ class WindowedStrategy(EvolutionStrategy):
         eps = self._window_noise(carry, plan, summed, deviations)
         state = tree.map_tree(lambda leaf: leaf.expand(-1, self._signs, *leaf.shape[2:]), carry["copies"]["state"])
         own_losses, state, analytic = self._run(inner, theta, eps[:, rows], state, stretches)
-        losses = shard.gather(own_losses, self.pairs)
+        found = shard.gather(own_losses, self.pairs)
+        losses, sound = as_worst(found, inner.worst), torch.isfinite(found).all(2).all(1)
         live = torch.isfinite(losses).all(2).all(1)
         at = summed.to(center.device)
         delta = self._differences(losses, live).to(center)[at]
         credits, memory = self._credits(memory, plan, eps)
         contributions = analytic + credited(delta, portions(plan), credits) / deviations**2
-        gradient = mean_of_live(contributions, live.to(center.device)[at], self.clip_task, summing)
+        counted = self._comparable(live).to(center.device)[at]
+        gradient, count = mean_of_live(contributions, counted, self.clip_task, summing)
         # those that share a task with a diverged pair begin anew with it, so that they go on sharing
-        survives = live.unflatten(0, (-1, self.pairs_per_task)).all(1).cpu()[streams]
+        survives = sound.unflatten(0, (-1, self.pairs_per_task)).all(1).cpu()[streams]
         kept = tree.map_tree(lambda leaf: leaf[:, : self._kept_signs].clone(), state)
-        metrics = window_metrics(losses, live, self._sweeps * losses.numel())
+        metrics = window_metrics(found, count, self._sweeps * losses.numel(), inner.worst)
         if self.seed_replay:
             new_carry = next_carry(carry, clock, survives, kept, {}) | memory
         else:
@@ -105,11 +106,11 @@ class WindowedStrategy(EvolutionStrategy):
             parts.append(part)
         return torch.cat(parts, 2), state, center.new_zeros(())
 
-    @abstractmethod
     def _credits(
         self, memory: dict[str, Any], stretches: list[Stretch], eps: Tensor
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """c [n, D] of each portion, and the new memory."""
+        """c [n, D] of each portion, and the new memory; here the perturbations of the portion itself, and none."""
+        return list(eps), {}
 
 
 def credited(delta: Tensor, portion: Tensor, credits: list[Tensor]) -> Tensor:
@@ -121,8 +122,7 @@ def credited(delta: Tensor, portion: Tensor, credits: list[Tensor]) -> Tensor:
             crediting it to the next makes PES as biased as truncated ES.
         credits: [n, D] each.
     """
-    sums = delta.new_zeros(len(delta), len(credits)).scatter_add(1, portion.to(delta.device), delta)
-    total = torch.zeros_like(credits[0])
-    for number, credit in enumerate(credits):
-        total = total + sums[:, number, None] * credit
+    portion, total = portion.to(delta.device), torch.zeros_like(credits[0])
+    for number, credit in enumerate(credits):  # scatter_add would sum in any order on a GPU
+        total = total + delta.where(portion == number, 0).sum(1, keepdim=True) * credit
     return total / delta.shape[1]
