@@ -30,8 +30,8 @@ from metaopt.meta.evaluation import Evaluation
 from metaopt.meta.run_log import METRICS_FILE, Line, RunLog, require_tensorboard
 from metaopt.meta.shard import ALONE, Shard
 from metaopt.meta.tasks import MetaTask, labels
-from metaopt.resolve import THETA_FILE, load_theta, save_theta
-from metaopt.torch_optimizer import optimizer
+from metaopt.resolve import THETA_FILE, load_theta, resolve_rule, save_theta
+from metaopt.rule import Context, infer_info
 
 __all__ = ["CHECKPOINT_FILE", "CONFIG_FILE", "METRICS_FILE", "MetaTrainConfig", "MetaTrainResult", "meta_train"]
 
@@ -161,6 +161,8 @@ class _Run:
         regret, taken: of each task: see `Curriculum`, and the outer step that took it last; 0 for never.
         best: ``score``, ``step`` and ``theta`` of the best evaluation, and ``since``, the evaluations after it.
         step: outer steps made.
+        trained: what the estimators see of theta.
+        outer, outer_state: the rule that moves it.
     """
 
     def __init__(self, config: MetaTrainConfig, shard: Shard, saved: dict[str, Any] | None) -> None:
@@ -175,17 +177,16 @@ class _Run:
         theta = {name: value.to(config.device) for name, value in theta.items()}
         trained = _unfrozen(theta, config.freeze)
         self._names = tuple(theta)
-        self.parameters = {name: torch.nn.Parameter(theta[name]) for name in trained}
+        self.trained: Theta = {name: theta[name] for name in trained}
         self.frozen = {name: value for name, value in theta.items() if name not in trained}
         self.average = {name: theta[name].clone() for name in trained} if config.ema_decay else {}
-        self.outer = optimizer(
-            config.outer_rule, list(self.parameters.items()), horizon=config.outer_steps, lr=config.outer_lr,
-            **config.outer_options,
-        )  # fmt: skip
-        if "closure" in self.outer.rule.requirements():
+        self.outer = resolve_rule(config.outer_rule, lr=config.outer_lr, **config.outer_options)
+        if "closure" in self.outer.requirements():
             raise ValueError(
                 f"outer_rule {config.outer_rule!r} evaluates the meta-loss again, which has noise; take another"
             )
+        self._info = infer_info(self.trained)
+        self.outer_state = self.outer.init(self.trained, self._info)
         named = enumerate(zip(config.task_choices, labels(config.task_choices), strict=True))
         self.tasks = [MetaTask(choice, label, i, config, self.learned, self.frozen) for i, (choice, label) in named]
         for task in self.tasks:
@@ -199,11 +200,6 @@ class _Run:
         self.step = 0
         if saved is not None:
             self._restore(saved)
-
-    @property
-    def trained(self) -> Theta:
-        """What the estimators see of theta."""
-        return {name: p.detach() for name, p in self.parameters.items()}
 
     @property
     def theta(self) -> Theta:
@@ -284,7 +280,7 @@ class _Run:
             "step": self.step,
             "theta": self.theta,
             "average": self.average,
-            "outer": self.outer.state_dict(),
+            "outer": self.outer_state,
             "tasks": {task.label: task.state() for task in self.tasks},
             "regret": self.regret,
             "taken": self.taken,
@@ -295,7 +291,7 @@ class _Run:
         self.step, self.regret, self.taken = saved["step"], saved["regret"], saved["taken"]
         self.average = {name: value.to(self.config.device) for name, value in saved["average"].items()}
         self.best = saved["best"]
-        self.outer.load_state_dict(saved["outer"])
+        self.outer_state = tree.map_tree(lambda value: value.to(self.config.device), saved["outer"])
         for task in self.tasks:
             task.restore(saved["tasks"][task.label], self.estimator, self.trained, self.shard)
 
@@ -306,18 +302,21 @@ class _Run:
 
     def _update(self, gradients: Sequence[Theta], lr: float, meta_loss: float | None) -> float:
         """Theta moves by the mean of the tasks' gradients; returns its norm before clipping."""
-        for name, p in self.parameters.items():
-            p.grad = torch.stack([gradient[name] for gradient in gradients]).mean(0).to(p)
-        norm = _norm({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
+        grads = {
+            name: torch.stack([gradient[name] for gradient in gradients]).mean(0).to(value)
+            for name, value in self.trained.items()
+        }
+        norm = _norm(grads)
         if 0 < self.config.clip_norm < norm:
-            for p in self.parameters.values():
-                assert p.grad is not None
-                p.grad *= self.config.clip_norm / norm
-        for group in self.outer.param_groups:
-            group["lr"] = lr
-        self.outer.step(loss=meta_loss)
+            grads = {name: grad * (self.config.clip_norm / norm) for name, grad in grads.items()}
+        loss = None if meta_loss is None else torch.tensor(meta_loss, device=self.config.device)
+        ctx = Context(self._info, loss=loss, horizon=self.config.outer_steps)
+        with torch.no_grad():
+            self.trained, self.outer_state = self.outer.update(
+                grads, self.outer_state, self.trained, {**self.outer.hp, "lr": lr}, ctx
+            )
         for name, mean in self.average.items():
-            mean.lerp_(self.parameters[name].detach(), 1 - self.config.ema_decay)
+            mean.lerp_(self.trained[name], 1 - self.config.ema_decay)
         return norm
 
     def _evaluate(self) -> dict[str, Any]:

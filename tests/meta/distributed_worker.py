@@ -118,7 +118,7 @@ def check_theta(shard: Shard, directory: Path) -> None:
     assert chosen == shard.broadcast(chosen)
     run.require_same_theta()
     if shard.rank == shard.world - 1:
-        run.parameters["b0"].data[0] += 1e-7
+        run.trained["b0"][0] += 1e-7
     try:
         run.require_same_theta()
     except RuntimeError as error:
