@@ -28,11 +28,13 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --learned
 	$(BIN)/python benchmarks/unroll.py
 	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/mup.py
 	$(BIN)/python benchmarks/estimators.py
+	$(BIN)/python benchmarks/meta_train.py
 	$(BIN)/python benchmarks/page.py
 
 clean:

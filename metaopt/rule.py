@@ -109,6 +109,10 @@ class Context:
     horizon: Tensor | int | None = None
     closure: Callable[[Params], tuple[Tensor, Params]] | None = None
 
+    def updates_of(self, slots: Mapping[str, Tensor]) -> Tensor:
+        """How many updates the parameter whose state ``slots`` is has had."""
+        return slots["step"] if self.step is None else self.step
+
 
 class PerParameter(Mapping[str, Any]):
     """Hyperparameters that differ between parameters (param groups).
@@ -303,13 +307,12 @@ class TensorRule(UpdateRule):
         for name, param in params.items():
             dtype = compute_dtype(param.dtype)
             slots = {slot: value for slot, value in state[name].items() if slot != "step"}
-            step = state[name]["step"] + 1
-            t = (step if ctx.step is None else ctx.step + 1).to(torch.float64)
+            t = (ctx.updates_of(state[name]) + 1).to(torch.float64)
             new_param, new_slots = self.update_tensor(
                 grads[name].to(dtype), slots, param.to(dtype), hp_of(hp, name), t, ctx.info[name]
             )
             new_params[name] = new_param.to(param.dtype)
-            new_state[name] = {"step": step, **new_slots}
+            new_state[name] = {"step": state[name]["step"] + 1, **new_slots}
         return new_params, new_state
 
     @abstractmethod

@@ -108,7 +108,7 @@ class TrainingRuns:
     def judge(self, theta: Theta, state: dict[str, Any]) -> Tensor:
         """Mean normalised loss over batches that the runs have not drawn; copies of one seed get the same ones."""
         carry, size = Carry.from_tree(state["run"]), self.task.batch_size
-        split = self.task.train if self.judge_split == "train" else self.task.valid
+        split = getattr(self.task, self.judge_split)
         seeds = hash64(carry.seeds + _JUDGE_STREAM)
         loss = self._one_by_one if self.backend == "loop" else torch.vmap(self.task.loss)
         total = torch.zeros(len(seeds), device=seeds.device)

@@ -154,15 +154,14 @@ class _Run:
     """The state of a meta-training run between two outer steps.
 
     Attributes:
-        parameters: the part of theta that is trained.
+        trained: the part of theta that is trained: what the estimators see.
         frozen: the rest of it.
-        average: the exponential moving average of ``parameters``; empty without.
+        average: the exponential moving average of ``trained``; empty without.
+        outer, outer_state: the rule that moves ``trained``.
         tasks: with the carries of their estimators.
         regret, taken: of each task: see `Curriculum`, and the outer step that took it last; 0 for never.
         best: ``score``, ``step`` and ``theta`` of the best evaluation, and ``since``, the evaluations after it.
         step: outer steps made.
-        trained: what the estimators see of theta.
-        outer, outer_state: the rule that moves it.
     """
 
     def __init__(self, config: MetaTrainConfig, shard: Shard, saved: dict[str, Any] | None) -> None:

@@ -52,7 +52,7 @@ def step_in_place(
         left += _step_by_cpp(rule, prepared, [name for name in params if name in reached], grads, state, params)
     for name in left:
         share = prepared.layers[name], prepared.scale[name], prepared.keep[name]
-        t = (state[name]["step"] if ctx.step is None else ctx.step) + 1
+        t = ctx.updates_of(state[name]) + 1
         step_in_chunks(rule, prepared.decays, *share, grads[name], params[name], _accumulators(state[name]), t)
     for name, memory in prepared.memory.items():
         for slot, value in memory.items():

@@ -173,7 +173,7 @@ class PerParameterRule(LearnedRule):
         wide = {name: param.to(compute_dtype(param.dtype)) for name, param in mine.items()}
         prepared = self.prepare(theta, self.read_by_prepare(state, wide), wide, hp, ctx)
         for name, param in wide.items():
-            t = (state[name]["step"] if ctx.step is None else ctx.step) + 1
+            t = ctx.updates_of(state[name]) + 1
             moved, slots = self._step(*prepared.of(name), grads[name], param, state[name], t)
             new_params[name] = moved.to(params[name].dtype)
             new_state[name] = {"step": state[name]["step"] + 1, **slots, **prepared.memory.get(name, {})}
@@ -326,7 +326,7 @@ def layers_with_time(layers: Layers, state: State, params: Params, ctx: Context)
         late = torch.tanh(t.to(weight.dtype) / scales - 1) @ weight[features:]
         return ((weight[:features], bias + late), *rest)
 
-    return once(at, {name: state[name]["step"] if ctx.step is None else ctx.step for name in params})
+    return once(at, {name: ctx.updates_of(state[name]) for name in params})
 
 
 def once(function: Callable[[Value], Result], values: Mapping[str, Value]) -> dict[str, Result]:

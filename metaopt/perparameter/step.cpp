@@ -256,6 +256,15 @@ private:
     // -- pass 1: accumulators, sums over rows and columns, mean squares of an element's own features
 
     void accumulate(const int64_t chunk) {
+        square<0, X::OWN>(chunk, [this](Block& block, Network& network) {
+            move(block);
+            planes<true, false>(block, network.x, network.s);
+        });
+    }
+
+    // Sums of the squares of features FROM .. TO over a chunk; fill makes those of a block.
+    template <int FROM, int TO, class Fill>
+    void square(const int64_t chunk, const Fill& fill) {
         Network network;
         Block block;
         double* total = &squares[chunk * (X::COUNT + 1)];
@@ -264,12 +273,11 @@ private:
         for (int64_t at = begin(chunk); at < end(chunk); at += L) {
             const int64_t n = std::min(L, end(chunk) - at);
             take(block, at, n);
-            move(block);
-            planes<true, false>(block, network.x, network.s);
-            add_squares<0, X::OWN>(network.x, n, sums);
-            if (++blocks % BLOCKS_PER_FLUSH == 0) flush<0, X::OWN>(sums, total);
+            fill(block, network);
+            add_squares<FROM, TO>(network.x, n, sums);
+            if (++blocks % BLOCKS_PER_FLUSH == 0) flush<FROM, TO>(sums, total);
         }
-        flush<0, X::OWN>(sums, total);
+        flush<FROM, TO>(sums, total);
     }
 
     // L elements of the gradient and the parameter, padded with zeros after n.
@@ -411,21 +419,11 @@ private:
     // -- pass 2: mean squares of the factored features
 
     void measure(const int64_t chunk) {
-        Network network;
-        Block block;
-        double* total = &squares[chunk * (X::COUNT + 1)];
-        alignas(64) V sums[X::COUNT + 1] = {};
-        int64_t blocks = 0;
-        for (int64_t at = begin(chunk); at < end(chunk); at += L) {
-            const int64_t n = std::min(L, end(chunk) - at);
-            take(block, at, n);
+        square<X::OWN, X::COUNT>(chunk, [this](Block& block, Network& network) {
             accumulators(block);
             fill<false>(block, network);
             planes<false, true>(block, network.x, network.s);
-            add_squares<X::OWN, X::COUNT>(network.x, n, sums);
-            if (++blocks % BLOCKS_PER_FLUSH == 0) flush<X::OWN, X::COUNT>(sums, total);
-        }
-        flush<X::OWN, X::COUNT>(sums, total);
+        });
     }
 
     template <int FROM, int TO>

@@ -65,7 +65,7 @@ class Muon(TensorRule):
             heavy = []
             for name in names:
                 grad, buffer = grads[name].to(compute_dtype(params[name].dtype)), state[name]["momentum_buffer"]
-                t = (state[name]["step"] if ctx.step is None else ctx.step).to(torch.float64) + 1
+                t = ctx.updates_of(state[name]).to(torch.float64) + 1
                 buffers[name], ahead = self._momentum(grad, buffer, hp_of(hp, name)["momentum"], t)
                 heavy.append(ahead.flatten(1))
             orthogonal = newton_schulz(torch.stack(heavy), self.ns_steps, hp_of(hp, names[0])["eps"])
@@ -74,16 +74,15 @@ class Muon(TensorRule):
         new_state: State = {}
         for name, param in params.items():
             dtype, own = compute_dtype(param.dtype), hp_of(hp, name)
-            step = state[name]["step"] + 1
             if name in directions:
                 rate = own["lr"] * self._scale(tuple(param.shape))
                 moved = param.to(dtype) * (1 - own["lr"] * own["weight_decay"]) - rate * directions[name]
                 slots = {"momentum_buffer": buffers[name]}
             else:
-                t = (step if ctx.step is None else ctx.step + 1).to(torch.float64)
+                t = (ctx.updates_of(state[name]) + 1).to(torch.float64)
                 old = {slot: value for slot, value in state[name].items() if slot != "step"}
                 moved, slots = self.update_tensor(grads[name].to(dtype), old, param.to(dtype), own, t, ctx.info[name])
-            new_params[name], new_state[name] = moved.to(param.dtype), {"step": step, **slots}
+            new_params[name], new_state[name] = moved.to(param.dtype), {"step": state[name]["step"] + 1, **slots}
         return new_params, new_state
 
     def update_tensor(

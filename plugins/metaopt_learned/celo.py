@@ -125,7 +125,7 @@ class CeloAdam(LearnedRule):
             grad = grads[name].to(wide.dtype).clamp(-1000, 1000)
             m = 0.9 * state[name]["momentum"] + (1 - 0.9) * grad
             v = 0.999 * state[name]["rms"] + (1 - 0.999) * grad.square()
-            t = ((state[name]["step"] if ctx.step is None else ctx.step) + 1).to(torch.float64)
+            t = (ctx.updates_of(state[name]) + 1).to(torch.float64)
             m_weight, v_weight = ((1 - decay**t).to(wide.dtype) for decay in (0.9, 0.999))
             step = m / m_weight / (1e-8 + torch.sqrt(v / v_weight + 1e-10))
             new_params[name] = (wide - 0.001 * hp_of(hp, name)["lr"] * lr.to(wide.dtype) * step).to(param.dtype)

@@ -98,7 +98,7 @@ class SteeredRule(LearnedRule):
         if ctx.step is not None and not isinstance(hp, PerParameter):
             values: HyperValues = self.hyperparameters(self.steered(theta, ctx.step, ctx.horizon), hp["lr"])
         else:
-            steps = {name: state[name]["step"] if ctx.step is None else ctx.step for name in params}
+            steps = {name: ctx.updates_of(state[name]) for name in params}
             raw = once(lambda step: self.steered(theta, step, ctx.horizon), steps)
             values = PerParameter({n: self.hyperparameters(raw[n], hp_of(hp, n)["lr"]) for n in params})
         return self.steered_rule.update(grads, state, params, values, ctx)

@@ -65,7 +65,7 @@ class OrthogonalMLP(Celo2Base):
             done = progress(step, ctx.horizon)
             return ((1 - done) * torch.exp(piecewise_linear(theta["schedule"], done))).to(theta["schedule"].dtype)
 
-        factors = once(factor, {name: state[name]["step"] if ctx.step is None else ctx.step for name in params})
+        factors = once(factor, {name: ctx.updates_of(state[name]) for name in params})
         scale = {name: value * factors[name] for name, value in prepared.scale.items()}
         keep = {name: 1 - (1 - value) * factors[name] for name, value in prepared.keep.items()}
         return prepared._replace(scale=scale, keep=keep)

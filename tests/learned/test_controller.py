@@ -5,29 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from learned_cases import noisy_theta, values
 from torch import Tensor
 
 import metaopt
 from metaopt import registry
 from metaopt.learned import LearnedRule, Theta
-from metaopt.rule import Context, Params, infer_info
+from metaopt.rule import Context, infer_info
 from metaopt_learned.controller import Controller
 
 SHAPES = {"w": (3, 4), "b": (4,)}
 HORIZON, STEPS = 9, 7
-
-
-def noisy_theta(learned: LearnedRule) -> Theta:
-    generator = torch.Generator().manual_seed(0)
-    theta = learned.init_theta(generator)
-    return {
-        k: v.double() + 0.5 * torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in theta.items()
-    }
-
-
-def values(seed: int) -> Params:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in SHAPES.items()}
 
 
 def loss_at(t: int) -> float:
@@ -75,14 +63,14 @@ class Policy:
 @pytest.mark.parametrize("shared_step", [True, False])
 def test_controller_is_what_its_docstring_says(scope: str, shared_step: bool) -> None:
     learned = Controller(rule="momentum", learned="lr,momentum", scope=scope)
-    theta = noisy_theta(learned)
-    params = values(1)
+    theta = noisy_theta(learned, 0.5)
+    params = values(1, SHAPES)
     info = infer_info(params)
     state = learned.init(params, info, theta)
     groups = [["w", "b"]] if scope == "run" else [["w"], ["b"]]
     policies = [Policy(theta, {n: params[n].numpy() for n in names}) for names in groups]
     for t in range(STEPS):
-        grads = values(100 + t)
+        grads = values(100 + t, SHAPES)
         step, loss = torch.tensor(t) if shared_step else None, torch.tensor(loss_at(t), dtype=torch.float64)
         ctx = Context(info, step=step, loss=loss, horizon=HORIZON)
         params, state = learned.update(theta, grads, state, params, learned.hp, ctx)
@@ -99,27 +87,27 @@ def test_fresh_controller_is_the_registered_rule() -> None:
     rules = [learned.bind(learned.init_theta(torch.Generator().manual_seed(0))), registry.create("optimizer", "adam")]
     found = []
     for rule in rules:
-        params = values(1)
+        params = values(1, SHAPES)
         info = infer_info(params)
         state = rule.init(params, info)
         for t in range(STEPS):
             ctx = Context(info, step=torch.tensor(t), loss=torch.tensor(loss_at(t)), horizon=HORIZON)
-            params, state = rule.update(values(100 + t), state, params, rule.hp, ctx)
+            params, state = rule.update(values(100 + t, SHAPES), state, params, rule.hp, ctx)
         found.append(params)
-    for name, p in values(1).items():
+    for name, p in values(1, SHAPES).items():
         assert (found[0][name] - found[1][name]).abs().max() <= 3e-6 * (found[1][name] - p).abs().max()  # float32 theta
 
 
 def test_policy_state_of_the_run_survives_parameters_that_miss_steps() -> None:
     """The first parameter has no gradient for two steps: the others' policy goes on, and takes it along again."""
     learned = Controller(rule="sgd")
-    theta = noisy_theta(learned)
-    params = {name: p.float().requires_grad_() for name, p in values(1).items()}
+    theta = noisy_theta(learned, 0.5)
+    params = {name: p.float().requires_grad_() for name, p in values(1, SHAPES).items()}
     optimizer = metaopt.optimizer(learned.bind(theta), list(params.items()), horizon=HORIZON)
     seen = []
     for t in range(STEPS):
         for name, p in params.items():
-            p.grad = None if name == "w" and t in (2, 3) else values(100 + t)[name].float()
+            p.grad = None if name == "w" and t in (2, 3) else values(100 + t, SHAPES)[name].float()
         optimizer.step(loss=loss_at(t))
         seen.append([optimizer.state[p]["policy.change"].clone() for p in params.values()])
     assert torch.equal(seen[3][0], seen[1][0]) and not torch.equal(seen[3][1], seen[1][1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from learned_cases import values
 
 from metaopt.learned import Theta
 from metaopt.rule import Context, Params, infer_info
@@ -15,11 +16,6 @@ SHAPES = {
     "conv.weight": (6, 3, 2, 2), "conv.bias": (6,), "middle.weight": (5, 6), "middle.bias": (5,), "norm": (5,),
     "head.weight": (4, 5), "head.bias": (4,), "temperature": (),
 }  # fmt: skip
-
-
-def values(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES, planes: tuple[int, ...] = ()) -> Params:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn((*planes, *s), generator=generator, dtype=torch.float64) for n, s in shapes.items()}
 
 
 def permuted(tree: Params, lead: int = 0) -> Params:
@@ -73,8 +69,8 @@ def test_features_are_the_means_of_rows_columns_layers_and_tensors() -> None:
 
 
 def test_permuted_neurons_give_permuted_features_and_no_others() -> None:
-    neurons = feed_forward_neurons(infer_info(values(0)))
-    given = values(0, planes=(3,))
+    neurons = feed_forward_neurons(infer_info(values(0, SHAPES)))
+    given = values(0, SHAPES, planes=(3,))
     plain, moved = equivariant_features(given, neurons), equivariant_features(permuted(given, 1), neurons)
     wanted = permuted(plain, 1)
     for name in SHAPES:
@@ -98,19 +94,19 @@ def theta_of(learned: ResidualMLP) -> Theta:
 @pytest.mark.parametrize("equivariant", [True, False])
 def test_permuting_hidden_neurons_permutes_the_update(equivariant: bool, direction: str) -> None:
     learned = ResidualMLP(equivariant=equivariant, direction=direction)
-    grads = [values(10 + t) for t in range(3)]
-    plain = trained(learned, theta_of(learned), values(1), grads)
-    moved = trained(learned, theta_of(learned), permuted(values(1)), [permuted(g) for g in grads])
+    grads = [values(10 + t, SHAPES) for t in range(3)]
+    plain = trained(learned, theta_of(learned), values(1, SHAPES), grads)
+    moved = trained(learned, theta_of(learned), permuted(values(1, SHAPES)), [permuted(g) for g in grads])
     for name, wanted in permuted(plain).items():
         torch.testing.assert_close(moved[name], wanted, rtol=1e-11, atol=1e-12)
 
 
 def test_layers_see_their_neighbours_only_where_features_are_equivariant() -> None:
-    grads = [values(10 + t) for t in range(2)]
+    grads = [values(10 + t, SHAPES) for t in range(2)]
     other = [{**g, "head.weight": g["head.weight"] * torch.tensor([1.0, -2.0, 1.0, 3.0, 0.5])} for g in grads]
     for equivariant in (True, False):
         learned = ResidualMLP(equivariant=equivariant)
-        found = [trained(learned, theta_of(learned), values(1), g) for g in (grads, other)]
+        found = [trained(learned, theta_of(learned), values(1, SHAPES), g) for g in (grads, other)]
         assert torch.equal(found[0]["middle.bias"], found[1]["middle.bias"]) == (not equivariant)
 
 
@@ -119,13 +115,13 @@ def test_update_is_the_docstrings_formula(direction: str) -> None:
     learned = ResidualMLP(equivariant=False, direction=direction, hidden=5)
     theta = theta_of(learned)
     numbers = {key: value.numpy() for key, value in theta.items()}
-    grads = [values(10 + t) for t in range(4)]
-    found = trained(learned, theta, values(1), grads)
+    grads = [values(10 + t, SHAPES) for t in range(4)]
+    found = trained(learned, theta, values(1, SHAPES), grads)
     decays = np.array([0.1, 0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]
     gamma = 1 - np.exp(numbers["log_forget"])
     scales = np.array([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5])
     for name in ("middle.weight", "norm", "temperature"):
-        p = values(1)[name].numpy().reshape(-1)
+        p = values(1, SHAPES)[name].numpy().reshape(-1)
         averages, d, square = np.zeros((6, p.size)), np.zeros_like(p), np.zeros_like(p)
         for t in range(4):
             g = grads[t][name].numpy().reshape(-1)

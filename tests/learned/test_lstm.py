@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from learned_cases import noisy_theta, values
 from torch import Tensor
 
 from metaopt.learned import LearnedRule, Theta
@@ -16,24 +17,11 @@ SHAPES = {"w": (3, 4), "b": (4,), "s": ()}
 STEPS, LR = 5, 0.5
 
 
-def noisy_theta(learned: LearnedRule) -> Theta:
-    generator = torch.Generator().manual_seed(0)
-    theta = learned.init_theta(generator)
-    return {
-        k: v.double() + 0.1 * torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in theta.items()
-    }
-
-
-def values(seed: int) -> Params:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in SHAPES.items()}
-
-
 def trajectory(learned: LearnedRule, theta: Theta, params: Params) -> list[Params]:
     info, found = infer_info(params), []
     state = learned.init(params, info, theta)
     for t in range(STEPS):
-        params, state = learned.update(theta, values(100 + t), state, params, {"lr": LR}, Context(info))
+        params, state = learned.update(theta, values(100 + t, SHAPES), state, params, {"lr": LR}, Context(info))
         found.append(params)
     return found
 
@@ -77,12 +65,12 @@ def test_gradient_features_are_those_of_the_paper_and_have_derivatives_at_zero()
 @pytest.mark.parametrize("name", SHAPES)
 def test_coordinate_lstm_is_torchs_lstm_on_every_coordinate(name: str) -> None:
     learned = CoordinateLSTM(hidden=6)
-    theta = noisy_theta(learned)
-    found = trajectory(learned, theta, values(1))
-    grads = [values(100 + t)[name].numpy() for t in range(STEPS)]
+    theta = noisy_theta(learned, 0.1)
+    found = trajectory(learned, theta, values(1, SHAPES))
+    grads = [values(100 + t, SHAPES)[name].numpy() for t in range(STEPS)]
     upper = outputs(theta, 6, [phi(g) for g in grads])
     moves = upper @ theta["output.w"].numpy()[:, 0] + theta["output.b"].item()
-    p = values(1)[name].numpy().reshape(-1)
+    p = values(1, SHAPES)[name].numpy().reshape(-1)
     for t in range(STEPS):
         p = p + 0.1 * LR * moves[t]
         np.testing.assert_allclose(found[t][name].numpy().reshape(-1), p, rtol=1e-11, atol=1e-12)
@@ -96,13 +84,13 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("terms", ["p", "a", "pa", "pab", "b"])
 def test_structured_update_is_the_papers(name: str, terms: str) -> None:
     learned = StructuredL2O(hidden=6, preconditioned="p" in terms, accelerated="a" in terms, biased="b" in terms)
-    theta = noisy_theta(learned)
-    found = trajectory(learned, theta, values(1))
+    theta = noisy_theta(learned, 0.1)
+    found = trajectory(learned, theta, values(1, SHAPES))
     numbers = {key: value.numpy() for key, value in theta.items()}
-    y = x = values(1)[name].numpy().reshape(-1)
+    y = x = values(1, SHAPES)[name].numpy().reshape(-1)
     inputs: list[np.ndarray] = []
     for t in range(STEPS):
-        grad = values(100 + t)[name].numpy().reshape(-1)
+        grad = values(100 + t, SHAPES)[name].numpy().reshape(-1)
         inputs.append(np.stack([grad, y]))
         upper = outputs(theta, 6, inputs)[t]
         layer = np.maximum(upper @ numbers["layer.w"] + numbers["layer.b"], 0)
@@ -120,10 +108,10 @@ def test_fresh_structured_rule_is_nesterovs_method() -> None:
     """x+ = y - 0.01 g(y), y+ = x+ + 0.9 (x+ - x)."""
     learned = StructuredL2O()
     theta = {key: value.double() for key, value in learned.init_theta(torch.Generator().manual_seed(0)).items()}
-    found = trajectory(learned, theta, values(1))
-    y = x = values(1)["w"]
+    found = trajectory(learned, theta, values(1, SHAPES))
+    y = x = values(1, SHAPES)["w"]
     for t in range(STEPS):
-        new_x = y - 0.01 * LR * values(100 + t)["w"]
+        new_x = y - 0.01 * LR * values(100 + t, SHAPES)["w"]
         y, x = new_x + 0.9 * (new_x - x), new_x
         torch.testing.assert_close(found[t]["w"], y, rtol=1e-6, atol=1e-8)  # theta's 0.01 and 0.9 are float32
 
@@ -131,8 +119,8 @@ def test_fresh_structured_rule_is_nesterovs_method() -> None:
 def test_a_coordinate_sees_no_other() -> None:
     """Both rules: what moves one entry depends on its own gradients only."""
     for learned in (CoordinateLSTM(), StructuredL2O()):
-        theta = noisy_theta(learned)
-        params = {"w": values(1)["w"]}
+        theta = noisy_theta(learned, 0.1)
+        params = {"w": values(1, SHAPES)["w"]}
         info = infer_info(params)
         state = learned.init(params, info, theta)
 
@@ -146,5 +134,5 @@ def test_a_coordinate_sees_no_other() -> None:
             ctx = Context(infer_info(params))
             return learned.update(theta, {"w": grad}, s, params, {"lr": LR}, ctx)[0]["w"]  # type: ignore[arg-type]
 
-        jacobian = torch.autograd.functional.jacobian(step, values(100)["w"]).reshape(12, 12)
+        jacobian = torch.autograd.functional.jacobian(step, values(100, SHAPES)["w"]).reshape(12, 12)
         assert (jacobian.diagonal() != 0).all() and torch.equal(jacobian, jacobian.diagonal().diag())
