@@ -107,7 +107,7 @@ def test_pictures_are_read_as_their_packages_read_them(name: str) -> None:
     else:
         from skimage import io
 
-        path = images.files("skimage") / "data" / name
+        path = images.package_folder("skimage") / "data" / name
         expected = torch.tensor(io.imread(str(path)))
         expected = expected[None] if expected.dim() == 2 else expected.permute(2, 0, 1)
     read = images.picture(name, "L" if len(expected) == 1 else "RGB")
@@ -166,7 +166,7 @@ def test_a_missing_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     def missing(package: str) -> Any:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
-    monkeypatch.setattr(images, "files", missing)
+    monkeypatch.setattr(images, "package_folder", missing)
     images._faces.cache_clear()
     with pytest.raises(registry.RegistryError, match=r"pip install 'torch-metaopt\[images\]'"):
         load("faces")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from importlib.resources import files
 from io import BytesIO
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from metaopt.task import Split
 from metaopt_tasks.choices import require_choice
 from metaopt_tasks.data.draws import normal, uniform
-from metaopt_tasks.data.load import TRAIN_SHARE, VALID_SHARE, moved, split_rows, standardized
+from metaopt_tasks.data.load import TRAIN_SHARE, VALID_SHARE, moved, package_folder, split_rows, standardized
 
 TEXTURES = ("brick.png", "grass.png", "gravel.png", "coins.png", "camera.png", "clock_motion.png")
 HELD_OUT_TEXTURES = ("cell.png", "text.png", "ihc.png", "hubble_deep_field.jpg", "retina.jpg")
@@ -91,8 +90,8 @@ def picture(name: str, mode: str = "L") -> Tensor:
 
 def _shipped(name: str) -> bytes:
     # not skimage.data's own functions, which may download
-    folder = files("sklearn") / "datasets" / "images" if name in _SCIKIT_LEARN else files("skimage") / "data"
-    return (folder / name).read_bytes()
+    package, folder = ("sklearn", "datasets/images") if name in _SCIKIT_LEARN else ("skimage", "data")
+    return (package_folder(package) / folder / name).read_bytes()
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ def load(source: str, device: Any = "cpu", **arguments: Any) -> dict[str, Split]
     if "device" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return registry.create("data_source", source, device=device, **arguments)
     return moved(registry.create("data_source", source, **arguments), device)
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package lies; it is not imported, which takes scikit-learn a second.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"data come with {package}, which is not installed; pip install it", name=package)
+    return Path(spec.origin).parent
 
 
 def classes_of(data: dict[str, Split]) -> int:

@@ -6,12 +6,16 @@ Labelled data are cut class by class, 70 % train, 15 % valid, 15 % test, in the 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metaopt.task import Split
-from metaopt_tasks.data.load import moved, split_rows, standardized
+from metaopt_tasks.data.load import moved, package_folder, split_rows, standardized
+
+_FILES = {"digits": "digits.csv.gz", "iris": "iris.csv", "wine": "wine_data.csv", "breast_cancer": "breast_cancer.csv"}
 
 
 def digits(device: Any = "cpu") -> dict[str, Split]:
@@ -45,19 +49,21 @@ def diabetes(device: Any = "cpu") -> dict[str, Split]:
 
 @cache
 def _classification(name: str) -> dict[str, Split]:
-    import sklearn.datasets  # takes a second to import; tasks without it should not wait
-
-    rows, classes = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
-    inputs, label = torch.tensor(rows, dtype=torch.float64), torch.tensor(classes, dtype=torch.int64)
     images = name == "digits"
+    table = np.loadtxt(_folder() / _FILES[name], delimiter=",", skiprows=0 if images else 1)  # the class comes last
+    inputs, label = torch.from_numpy(table[:, :-1].copy()), torch.from_numpy(table[:, -1].astype(np.int64))
     data = split_rows({"input": inputs.reshape(-1, 1, 8, 8) if images else inputs, "label": label}, label)
     return standardized(data, "input", per_feature=not images)
 
 
 @cache
 def _diabetes() -> dict[str, Split]:
-    from sklearn.datasets import load_diabetes
-
-    rows, target = load_diabetes(return_X_y=True, scaled=False)
-    data = split_rows({"input": torch.tensor(rows), "target": torch.tensor(target)[:, None]})
+    rows, target = (
+        torch.from_numpy(np.loadtxt(_folder() / f"diabetes_{part}.csv.gz")) for part in ("data_raw", "target")
+    )
+    data = split_rows({"input": rows, "target": target[:, None]})
     return standardized(standardized(data, "input", per_feature=True), "target", per_feature=True)
+
+
+def _folder() -> Path:
+    return package_folder("sklearn") / "datasets" / "data"
