@@ -64,6 +64,10 @@ class BoundRule(UpdateRule, eq=False):
         theta = {name: value.to(device) for name, value in self.theta.items()}
         return self.learned.update(theta, grads, state, params, hp, ctx)
 
+    def label(self) -> str:
+        """The learned rule's."""
+        return self.learned.label()
+
     def requirements(self) -> set[str]:
         """What the learned rule needs."""
         return {what for what in ("loss", "horizon", "roles") if getattr(self.learned, f"needs_{what}")}

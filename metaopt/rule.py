@@ -220,6 +220,10 @@ class Declared:
         ]
         return (type(self), tuple(fixed), tuple((name, part.structure()) for name, part in parts.items()))
 
+    def label(self) -> str:
+        """How messages call it."""
+        return type(self).__name__
+
     def replaced(self, **values: Any) -> Any:
         """A copy with hyperparameters or options changed, wherever in the composition they live.
 
@@ -229,7 +233,7 @@ class Declared:
         unknown = set(values) - set(self.declared())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} has no hyperparameter {min(unknown)!r}; it has {', '.join(self.declared())}"
+                f"{self.label()} has no hyperparameter or option {min(unknown)!r}; it has {', '.join(self.declared())}"
             )
         if not values:
             return self

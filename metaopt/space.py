@@ -170,5 +170,5 @@ def validate_all(declared: Mapping[str, Hyper | Option], values: Mapping[str, An
     """
     for name in values:
         if name not in declared:
-            raise TypeError(f"{owner} has no hyperparameter {name!r}; it has {', '.join(declared) or 'none'}")
+            raise TypeError(f"{owner} has no hyperparameter or option {name!r}; it has {', '.join(declared) or 'none'}")
     return {name: declared[name].validate(name, value) for name, value in values.items()}

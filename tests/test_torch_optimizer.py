@@ -276,7 +276,10 @@ def test_options_cannot_differ_where_parameters_are_coupled(rule: UpdateRule) ->
         (lambda p: metaopt.optimizer(AdamW(), p, lr=-1), r"lr must be in \[0, inf\), got -1"),
         (lambda p: metaopt.optimizer("nesterov", p, nesterov=3), r"nesterov must be one of \[False, True\], got 3"),
         (lambda p: metaopt.optimizer("adamw", p, momentum=0.9), r"'momentum'.*betas"),
-        (lambda p: metaopt.optimizer(AdamW(), p, momentum=0.9), r"AdamW has no hyperparameter 'momentum'; it has lr, "),
+        (
+            lambda p: metaopt.optimizer(AdamW(), p, momentum=0.9),
+            r"AdamW has no hyperparameter or option 'momentum'; it has lr, ",
+        ),
         (lambda p: metaopt.optimizer("adamv", p), r"'adamv'.*adamw"),
         (lambda p: metaopt.optimizer("adamw", [{"params": p, "lr": -1}]), r"lr must be in \[0, inf\), got -1"),
         (lambda p: metaopt.optimizer("adamw", [{"params": p, "weigth_decay": 0}]), r"did you mean 'weight_decay'\?"),

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], prog_name="metaopt", standalone_mode=False)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        print("metaopt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("METAOPT_TRACEBACK", "0") != "0":

@@ -247,7 +247,8 @@ class Names:
             return text
         if callable(value) and get_origin(value) is None and getattr(value, "__name__", "").isidentifier():
             return self.name_of(value, value.__name__, value.__module__ or "", what)
-        raise ExportError(f"{what} is a {type(value).__name__}, which cannot be written as source")
+        kind = type(value).__name__
+        raise ExportError(f"{what} is a {kind}, which cannot be written as source; make it in a method or a property")
 
     # --- imports --------------------------------------------------------------------------------------------------
 

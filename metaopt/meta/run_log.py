@@ -149,6 +149,8 @@ class LiveView:
         """Give it back."""
         if self._show:
             self._live.stop()
+            if not self._console.is_terminal:  # rich ends the view without a line break there
+                self._console.print()
 
     def say(self, text: str) -> None:
         """A line that stays."""

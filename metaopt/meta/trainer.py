@@ -167,7 +167,7 @@ class _Run:
     def __init__(self, config: MetaTrainConfig, shard: Shard, saved: dict[str, Any] | None) -> None:
         self.config, self.shard = config, shard
         self.learned: LearnedRule = registry.create("learned_optimizer", config.learned, **config.learned_options)
-        self.estimator: GradientEstimator = registry.create("estimator", config.estimator, **config.estimator_options)
+        self.estimator = _estimator(config)
         self.curriculum: Curriculum = registry.create("curriculum", config.curriculum, **config.curriculum_options)
         if saved is None:  # of one process: files and random numbers of another machine may differ
             theta = shard.broadcast(_initial_theta(config, self.learned) if shard.rank == 0 else None)
@@ -342,6 +342,16 @@ class _Run:
                 f"{task.label} as it is set; take named tasks (metaopt list tasks), or curriculum 'uniform'"
             )
         return baseline
+
+
+def _estimator(config: MetaTrainConfig) -> GradientEstimator:
+    made = registry.create("estimator", config.estimator, **config.estimator_options)
+    if not isinstance(made, GradientEstimator):
+        raise ValueError(
+            f"{config.estimator} gives a {type(made).__name__}, not a GradientEstimator; see metaopt list estimators, or "
+            "subclass metaopt.meta.estimator.GradientEstimator"
+        )
+    return made
 
 
 def _initial_theta(config: MetaTrainConfig, learned: LearnedRule) -> Theta:

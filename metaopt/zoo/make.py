@@ -75,6 +75,11 @@ def add(
         raise ValueError(f"{target} is there already; published weights do not change, so choose another name")
     config = _config(run)
     learned, options, theta = read_theta(run)
+    if ":" in learned:
+        raise ValueError(
+            f"an entry must be of a registered learned optimizer, got {learned}; list it in a plugin "
+            "(examples/third_party) and meta-train it under that name"
+        )
     registry.get("learned_optimizer", learned)
     rule = load_theta(run)
     content, losses = golden_losses(rule, golden_task, GOLDEN_SEED, GOLDEN_STEPS)

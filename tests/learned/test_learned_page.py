@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,27 @@ def test_the_rule_of_the_page_runs_copies_in_an_unroll_and_differentiates(tiny: 
     with torch.no_grad():
         again, _ = unroll(task, bound, start(task, bound, [0, 1]), 5, hp={"lr": torch.tensor([1.0, 2.0])})
     torch.testing.assert_close(again, losses.detach(), rtol=1e-5, atol=1e-7)  # by C++ where there is a compiler
+
+
+def test_the_rule_of_the_page_can_be_exported(tmp_path: Path) -> None:
+    (text,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE) if "class" in block
+    )
+    (tmp_path / "tiny_rule.py").write_text(text)
+    learned = registry.create("learned_optimizer", f"{tmp_path / 'tiny_rule.py'}:Tiny")
+    bound = learned.bind(learned.init_theta(torch.Generator().manual_seed(0)))
+    written = registry.load("exporter", "torch")(bound, "Tiny_Export", tmp_path / "out.py")
+    exported = runpy.run_path(str(written))["TinyExport"]
+    models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    made = metaopt.optimizer(bound, models[0].parameters()), exported(models[1].parameters())
+    for _ in range(3):
+        for model, optimizer in zip(models, made, strict=True):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_the_table_says_what_every_learned_optimizer_needs_and_which_steps_in_place() -> None:

@@ -55,6 +55,8 @@ def verify(name: Annotated[str | None, typer.Argument(help="An entry; default: a
     from metaopt.zoo.entry import verify as verify_entry
 
     names = [name] if name else list(registry.specs("zoo_rule"))
+    if not names:
+        typer.echo("no entries; metaopt zoo add makes one")
     failed = []
     for entry in names:
         try:
