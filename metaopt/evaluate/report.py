@@ -37,8 +37,11 @@ def save(result: RaceResult, directory: str | os.PathLike[str]) -> dict[str, Pat
     """
     folder = Path(directory)
     text = json.dumps(as_json(result), indent=1, allow_nan=False, sort_keys=True)
-    page = Console(file=io.StringIO(), width=32 + 30 * (len(result.tasks) + 1))
-    page.print(table(result, every_task=True))
+    columns = max(len(result.ranking), min(len(result.tasks), TASKS_ON_A_PAGE) + 1)
+    page = Console(file=io.StringIO(), width=60 + 30 * columns)
+    page.print(table(result))
+    if len(result.tasks) > TASKS_ON_A_PAGE:
+        page.print(table_of_tasks(result))
     return {
         "json": write_atomic(folder / "race.json", _NUMBERS.sub(_on_one_line, text) + "\n"),
         "curves": write_atomic(folder / "curves.png", figure_png(result)),
@@ -78,9 +81,9 @@ def as_json(result: RaceResult) -> dict[str, Any]:
     }
 
 
-def table(result: RaceResult, every_task: bool = False) -> Table:
-    """One row per contender, best first; more tasks than a page is wide are left to the files, unless ``every_task``."""
-    tasks = result.tasks if every_task or len(result.tasks) <= TASKS_ON_A_PAGE else []
+def table(result: RaceResult) -> Table:
+    """One row per contender, best first; more tasks than a page is wide are left to `table_of_tasks`."""
+    tasks = result.tasks if len(result.tasks) <= TASKS_ON_A_PAGE else []
     seeds, tuning_runs = result.protocol["seeds"], result.protocol["tuning_runs"]
     grid = Table(
         title="Race: test loss after training, interquartile mean [95 % interval]"
@@ -115,6 +118,18 @@ def table(result: RaceResult, every_task: bool = False) -> Table:
             *(_task_cell(result.entries[name][task], _wins(result, name, task)) for task in tasks),
             Text(f"{failed} of {total}", style="bold red" if failed else "dim"),
         )
+    return grid
+
+
+def table_of_tasks(result: RaceResult) -> Table:
+    """One row per task, one column per contender, best first."""
+    grid = Table(title="Test loss and learning rate, task by task", title_justify="left", show_lines=True)
+    grid.add_column("task", no_wrap=True)
+    for name in result.ranking:
+        grid.add_column(name, justify="right")
+    for task in result.tasks:
+        cells = (_task_cell(result.entries[name][task], _wins(result, name, task)) for name in result.ranking)
+        grid.add_row(task, *cells)
     return grid
 
 

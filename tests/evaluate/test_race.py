@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -273,3 +274,11 @@ def test_a_family_whose_members_have_their_own_data_is_refused():
 
     with pytest.raises(ValueError, match="different train data"):
         race([Descent()], [Shuffled()], **QUICK)
+
+
+def test_many_tasks_are_rows_of_the_written_page(tmp_path):
+    tasks = [bowl(name=f"bowl_{i}") for i in range(5)]
+    result = race({"descent": Descent(), "reckless": Reckless()}, tasks, **QUICK)
+    page = save(result, tmp_path)["table"].read_text()
+    assert all(re.search(rf"^│ bowl_{i} +│", page, re.MULTILINE) for i in range(5))
+    assert max(map(len, page.splitlines())) < 250
