@@ -241,7 +241,7 @@ def test_an_entry_races_and_is_exported(zoo: Path, tmp_path: Path, capsys: pytes
 
 
 def test_an_unknown_entry_is_one_sentence(zoo: Path) -> None:
-    with pytest.raises(ValueError, match="no zoo rule is called 'tyni'; .*tiny"):
+    with pytest.raises(ValueError, match=r"no zoo rule is called 'tyni'; .*tiny"):
         metaopt.optimizer("zoo:tyni", [torch.nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match="no zoo rule is called 'os:system'"):
         resolve_rule("zoo:os:system")
