@@ -132,7 +132,7 @@ def learned_contenders(params: Callable[[], Named], device: str) -> dict[str, to
 
 def without_compiler(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer after a first step that found no compiler; it does not look again."""
-    with mock.patch("metaopt.execution.compile_cpp", lambda *_: None):
+    with mock.patch("metaopt.cpp_kernels.compile_cpp", lambda *_: None):
         optimizer.step()
     return optimizer
 

@@ -1,6 +1,6 @@
 """Inner steps per second of K training runs in lock-step: digits MLP (64-32-10, batch 64), AdamW and a learned optimizer.
 
-    python benchmarks/unroll.py [--copies 1 16 64 256] [--backends eager compile] [--device cpu] [--out FILE.json]
+    python benchmarks/unroll.py [--copies 1 16 64 256] [--backends eager compile fused] [--device cpu] [--out FILE.json]
 
 Prints one table and writes JSON beside it. An inner step is loss, gradient and update of one training run; the peer
 figure to compare with is a plain torch loop over single runs with ``torch.optim.AdamW``, measured in the same process.
@@ -73,7 +73,7 @@ def _steps_per_second(run: Any, copies: int, device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--backends", nargs="+", default=["eager", "compile"])
+    parser.add_argument("--backends", nargs="+", default=["eager", "compile", "fused"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "unroll.json")
     given = parser.parse_args()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.inner_step import InnerStep, copy_of, with_finite
+from metaopt.inner_step import InnerStep, copy_of, is_elementwise, with_finite
+from metaopt.kernels import ElementwiseStep
 from metaopt.learned import Theta
-from metaopt.program.cpp import CppStep
 from metaopt.random import step_keys
 from metaopt.rule import ElementwiseRule, Params, State, flat_hp
 from metaopt.task import Batch
@@ -24,7 +24,7 @@ def eager(step: InnerStep) -> Advance:
     """All copies as one vmapped step, op by op."""
 
     def step_all(*arguments: Any) -> Any:
-        return step.all(*arguments) if torch.is_grad_enabled() else _unrecorded(step, True, *arguments)
+        return step.all(*arguments) if torch.is_grad_enabled() else unrecorded(step, True, *arguments)
 
     return lockstep(step, step_all)
 
@@ -34,7 +34,7 @@ def loop(step: InnerStep) -> Advance:
 
     def step_all(*arguments: Any) -> Any:
         if not torch.is_grad_enabled() and "closure" not in step.rule.requirements():  # a closure would be vmapped
-            return _unrecorded(step, False, *arguments)
+            return unrecorded(step, False, *arguments)
         copies = [copy_of(k, arguments, step.dims) for k in range(len(arguments[-1]))]
         return with_finite(*(tree.stack(part) for part in zip(*(step.one(*copy) for copy in copies), strict=True)))
 
@@ -62,7 +62,7 @@ def loop(step: InnerStep) -> Advance:
 
 
 def _alone(
-    step: InnerStep, kernel: CppStep, hp: dict[str, Any], run: dict[str, Any], indices: Tensor
+    step: InnerStep, kernel: ElementwiseStep, hp: dict[str, Any], run: dict[str, Any], indices: Tensor
 ) -> tuple[Tensor, dict[str, Any]] | None:
     """All steps of one copy, updated in place like any torch loop: losses [T] and the new run; None if it diverges."""
     task, rule, names = step.task, step.rule, list(run["params"])
@@ -104,10 +104,72 @@ def _alone(
     }  # fmt: skip
 
 
-def _unrecorded(
+def fused(step: InnerStep) -> Advance:
+    """The device's kernels (`metaopt.kernels`): for whole windows where one takes the task and the rule, else as ``eager``."""
+    together = eager(step)
+
+    def advance(
+        theta: Theta, hp: dict[str, Any], carry: Carry, indices: Tensor, horizon: Tensor
+    ) -> tuple[Tensor, Carry]:
+        done = None if torch.is_grad_enabled() else _whole_window(step, hp, carry, indices)
+        if done is None:
+            return together(theta, hp, carry, indices, horizon)
+        losses, new, finite = done
+        stays = carry.alive & finite
+        losses = torch.where(stays[:, None], losses, torch.nan)
+        after = tree.select(stays, new.tree(), carry.tree())
+        diverged = (carry.alive & ~finite).nonzero().squeeze(1)
+        if len(diverged):  # once more, with a look at every step
+            own = {name: _rows(value, step.dims[1][name], diverged) for name, value in hp.items()}
+            before = tree.index(carry.tree(), diverged)
+            own_losses, end = together(theta, own, Carry.from_tree(before), indices[diverged], horizon[diverged])
+            losses[diverged] = own_losses
+            after = tree.map_tree(lambda leaf, part: leaf.index_copy(0, diverged, part), after, end.tree())
+        return losses, Carry.from_tree(after)
+
+    return advance
+
+
+def _whole_window(
+    step: InnerStep, hp: dict[str, Any], carry: Carry, indices: Tensor
+) -> tuple[Tensor, Carry, Tensor] | None:
+    """All steps of all copies in one kernel: losses [K, T], the new carry, and which copies it holds for [K]."""
+    dense, rule, kernels = step.task.dense, step.rule, step.kernels
+    if dense is None or kernels is None or not is_elementwise(rule):
+        return None
+    steps = indices.shape[1]
+    count = carry.step[:, None] + torch.arange(1, steps + 1, device=indices.device)
+    scalars = {name: v[:, None] if isinstance(v, Tensor) and v.dim() else v for name, v in flat_hp(hp).items()}
+    numbers = rule.program.scalar_values({**scalars, "t": count.to(torch.float64)})
+    window = {
+        name: torch.as_tensor(value, dtype=torch.float64, device=indices.device).expand(indices.shape[:2])
+        for name, value in numbers.items()
+    }
+    slots = {name: {slot: own[slot] for slot in rule.slots} for name, own in carry.state.items()}
+    inputs, target = (step.task.train.tensors[key] for key in (dense.inputs, dense.target))
+    done = kernels.dense_unroll(
+        dense, rule.program, window, carry.params, slots, inputs.flatten(1), target, indices
+    )  # fmt: skip
+    if done is None:
+        return None
+    losses, params, new_slots, finite = done
+    state = {name: {"step": own["step"] + steps, **new_slots[name]} for name, own in carry.state.items()}
+    new = Carry(params, state, carry.seeds, carry.step + steps, carry.alive, carry.config, carry.buffers)
+    return losses, new, finite
+
+
+def _rows(value: Any, dims: Any, rows: Tensor) -> Any:
+    """The values of these copies."""
+    if isinstance(value, tuple):
+        return tuple(_rows(entry, dim, rows) for entry, dim in zip(value, dims, strict=True))
+    return value if dims is None else value[rows]
+
+
+def unrecorded(
     step: InnerStep, vmapped: bool, theta: Theta, hp: Any, params: Params, state: State, buffers: Params, batch: Batch,
     *time: Tensor,
 ) -> Any:  # fmt: skip
+    """A step of all copies with kernels where they reach; as `InnerStep.finish`."""
     done = step.gradients(params, buffers, batch, vmapped)
     return step.finish(*done, theta, hp, params, state, buffers, batch, *time)
 
@@ -122,7 +184,7 @@ def compiled(step: InnerStep) -> Advance:
     guarded: set[Any] = set()
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
-        tensors, first = [*_flat(arguments)], dict[int, int]()
+        tensors, first = [*flat_tensors(arguments)], dict[int, int]()
         same = tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))  # torch makes one input of two
         looks = ((t.dtype, t.shape, t.stride(), t.requires_grad) for t in tensors)
         layout = (function, torch.is_grad_enabled(), same, *looks)
@@ -141,7 +203,7 @@ def compiled(step: InnerStep) -> Advance:
             loss, grads, new_buffers = call(step.pure_gradients, params, buffers, batch)
             return step.finish(loss, grads, new_buffers, theta, hp, params, state, *rest)
         # as tensors, so that another value needs no new graph
-        return call(step.all, theta, tree.map_tree(lambda v: _tensors(v, rest[-1].device), hp), params, state, *rest)
+        return call(step.all, theta, tree.map_tree(lambda v: as_tensors(v, rest[-1].device), hp), params, state, *rest)
 
     together = lockstep(step, step_all)
 
@@ -156,12 +218,13 @@ def _numbers(value: Any) -> Any:
     return tuple(_numbers(entry) for entry in value) if isinstance(value, tuple) else float(value)
 
 
-def _flat(value: Any) -> Iterator[Tensor]:
+def flat_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts and sequences, in order."""
     if isinstance(value, Tensor):
         yield value
     else:
         for entry in value.values() if isinstance(value, dict) else value:
-            yield from _flat(entry)
+            yield from flat_tensors(entry)
 
 
 def _own_code(function: Any) -> Any:
@@ -172,7 +235,8 @@ def _own_code(function: Any) -> Any:
     )
 
 
-def _tensors(value: Any, device: torch.device) -> Any:
+def as_tensors(value: Any, device: torch.device) -> Any:
+    """A hyperparameter as float64 tensors: another value then needs no new graph."""
     if isinstance(value, tuple):
-        return tuple(_tensors(entry, device) for entry in value)
+        return tuple(as_tensors(entry, device) for entry in value)
     return torch.as_tensor(value, dtype=torch.float64, device=device)

@@ -12,7 +12,15 @@ def metaopt_unroll_backends() -> list[Spec]:
         Spec("eager", "metaopt.backends:eager", "all copies under vmap, op by op"),
         Spec("loop", "metaopt.backends:loop", "one copy after the other, without vmap"),
         Spec("compile", "metaopt.backends:compiled", "torch.compile of the vectorised step"),
+        Spec("graph", "metaopt.graph_backend:graph", "a CUDA graph of the whole window; on a GPU"),
+        Spec("fused", "metaopt.backends:fused", "whole windows, or else parts of a step, by the device's kernels"),
     ]
+
+
+@hookimpl
+def metaopt_kernels() -> list[Spec]:
+    """C++."""
+    return [Spec("cpu", "metaopt.cpp_kernels:CppKernels", "generated C++, where a compiler is found")]
 
 
 @hookimpl

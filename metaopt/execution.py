@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaopt.kernels import Columns, Dtypes, ElementwiseStep, Kernels, kernels_of
 from metaopt.learned import BoundRule
 from metaopt.perparameter.in_place import step_in_place
 from metaopt.perparameter.rule import PerParameterRule
-from metaopt.program.cpp import CppStep, compile_cpp
 from metaopt.program.inplace import compile_in_place
 from metaopt.program.program import Program
 from metaopt.rule import (
@@ -32,17 +32,14 @@ from metaopt.rule import (
 )
 from metaopt.tree import map_tree
 
-Execution = Literal["auto", "cpp", "foreach", "loop", "plain"]
-EXECUTIONS: tuple[Execution, ...] = ("auto", "cpp", "foreach", "loop", "plain")
+Execution = Literal["auto", "fused", "foreach", "loop", "plain"]
+EXECUTIONS: tuple[Execution, ...] = ("auto", "fused", "foreach", "loop", "plain")
 
-# A generated C++ step takes a fraction of a second to build, once; below this size it cannot earn that back soon.
-_CPP_MIN_ELEMENTS = 32_768
+# A generated kernel takes a fraction of a second to build, once; below this size it cannot earn that back soon.
+_FUSED_MIN_ELEMENTS = 32_768
 # On a CPU, operations on many tensors at once stream all of them through the cache again and again: only where they are
 # this small on average does the saving in calls outweigh that.
 _SMALL_MEAN_ELEMENTS = 4_096
-
-Columns = Sequence[Sequence[Tensor]]
-"""Per name in ``program.tensors`` the tensors of all parameters; on one device, and of one dtype per column."""
 
 
 class Work(NamedTuple):
@@ -81,13 +78,14 @@ class Executor:
 
     Args:
         program: what to run.
-        execution: "cpp", "foreach" or "loop" where the tensors allow it; "auto" chooses by size and device.
+        execution: "fused" (`metaopt.kernels`), "foreach" or "loop" where the tensors allow it; "auto" chooses by
+            size and device.
     """
 
     def __init__(self, program: Program, execution: Execution) -> None:
         self.program = program
         self.execution = execution
-        self._kernels: dict[tuple[torch.dtype, ...], CppStep | None] = {}
+        self._kernels: dict[tuple[str, Dtypes], ElementwiseStep | None] = {}
 
     def step(self, work: Work) -> None:
         """Step every parameter of ``work``, those of one step count, type, device and dtypes together."""
@@ -106,12 +104,9 @@ class Executor:
     def _run(self, columns: Columns, coefficients: Mapping[str, float]) -> None:
         elements = sum(map(Tensor.numel, columns[0]))
         on_cpu = columns[0][0].is_cpu
-        if (
-            on_cpu
-            and _plain(columns[0])
-            and (self.execution == "cpp" or (self.execution == "auto" and elements >= _CPP_MIN_ELEMENTS))
-        ):
-            kernel = self._kernel(columns)
+        kernels = _kernels(self.execution, columns[0])
+        if kernels is not None:
+            kernel = self._kernel(kernels, columns)
             if kernel is not None:
                 columns = _run_kernel(kernel, columns, coefficients)
                 if not columns[0]:
@@ -124,15 +119,26 @@ class Executor:
         for tensors in zip(*columns, strict=True):
             run(tensors, coefficients)
 
-    def _kernel(self, columns: Columns) -> CppStep | None:
+    def _kernel(self, kernels: Kernels, columns: Columns) -> ElementwiseStep | None:
         param, grad, *slots = (column[0].dtype for column in columns)
         dtypes = (param, grad, slots[0] if slots else compute_dtype(param))
-        if dtypes not in self._kernels:
-            self._kernels[dtypes] = compile_cpp(self.program, *dtypes)
-        return self._kernels[dtypes]
+        key = columns[0][0].device.type, dtypes
+        if key not in self._kernels:
+            self._kernels[key] = kernels.elementwise(self.program, dtypes)
+        return self._kernels[key]
 
 
-def _run_kernel(kernel: CppStep, columns: Columns, coefficients: Mapping[str, float]) -> Columns:
+def _kernels(execution: Execution, params: Sequence[Tensor]) -> Kernels | None:
+    """The kernels to step these with, all on one device, if any."""
+    if not _plain(params) or execution not in ("auto", "fused"):
+        return None
+    device = params[0].device.type
+    # elsewhere no run has shown yet that kernels win: there they are for those who ask for them
+    earns = device == "cpu" and sum(map(Tensor.numel, params)) >= _FUSED_MIN_ELEMENTS
+    return kernels_of(device) if execution == "fused" or earns else None
+
+
+def _run_kernel(kernel: ElementwiseStep, columns: Columns, coefficients: Mapping[str, float]) -> Columns:
     """Step those parameters that the kernel can take; returns the columns of the others."""
     if kernel.fits(columns):
         kernel(columns, coefficients)
@@ -162,8 +168,8 @@ class NetworkExecutor:
 
     Args:
         rule: binds a `PerParameterRule`.
-        execution: "cpp": C++ where it can be had; "auto": the same where the tensors earn back its build; "foreach" and
-            "loop": chunk by chunk in plain torch, as is whatever C++ cannot reach.
+        execution: "fused": kernels where they can be had; "auto": the same where the tensors earn back their build;
+            "foreach" and "loop": chunk by chunk in plain torch, as is whatever kernels cannot reach.
     """
 
     def __init__(self, rule: BoundRule, execution: Execution) -> None:
@@ -181,11 +187,10 @@ class NetworkExecutor:
         params = {name: p.detach() for name, p in tree.params.items()}
         mine, rest = self.learned.shares(params, tree.ctx.info)
         if mine:
-            elements = sum(map(Tensor.numel, mine.values()))
-            cpp = self.execution == "cpp" or (self.execution == "auto" and elements >= _CPP_MIN_ELEMENTS)
+            kernels = _kernels(self.execution, [*mine.values()])
             device = next(iter(mine.values())).device
             theta = {name: value.to(device) for name, value in self.rule.theta.items()}
-            step_in_place(self.learned, theta, tree.grads, tree.state, mine, tree.hp, tree.ctx, cpp=cpp)
+            step_in_place(self.learned, theta, tree.grads, tree.state, mine, tree.hp, tree.ctx, kernels=kernels)
             count_step([one.of(mine) for one in work])
         if rest:
             self._other = self._other or Executor(self.learned.other.program, self.execution)

@@ -89,6 +89,11 @@ def metaopt_unroll_backends() -> list[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def metaopt_kernels() -> list[Spec]:  # type: ignore[empty-body]
+    """Fused passes, each named like its kind of device (``torch.device.type``): factories give a `metaopt.kernels.Kernels`."""
+
+
+@hookspec
 def metaopt_proposers() -> list[Spec]:  # type: ignore[empty-body]
     """Sources of candidates for a search."""
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.kernels import ElementwiseStep, Kernels
 from metaopt.learned import BoundRule, Theta
 from metaopt.perparameter import PerParameterRule
-from metaopt.program.cpp import CppStep, compile_cpp
 from metaopt.rule import Context, ElementwiseRule, Params, State, UpdateRule, flat_hp
 from metaopt.task import Batch, Task
 
@@ -24,11 +24,13 @@ class InnerStep:
     ``(loss, params, state, buffers)``; those for all copies add ``finite`` [K]: whether loss and parameters are.
 
     Attributes:
+        kernels: which make parts of a step where nothing is recorded; None: torch operations make all of it.
         dims: for each argument, the dimension of its copies (0), or None where all copies share it; a tree of such for hp.
     """
 
-    def __init__(self, task: Task, rule: UpdateRule, stacked: bool, hp_dims: Any) -> None:
+    def __init__(self, task: Task, rule: UpdateRule, stacked: bool, hp_dims: Any, kernels: Kernels | None) -> None:
         self._task, self.rule, self.info = weakref.ref(task), rule, task.info()  # a cache keyed by the task keeps this
+        self.kernels = kernels
         self.learned = rule.learned if isinstance(rule, BoundRule) else None
         self.dims = (0 if stacked else None, hp_dims, 0, 0, 0, 0, 0, 0)
         self._update_all = torch.vmap(self._update, in_dims=(0, 0, *self.dims))
@@ -60,6 +62,9 @@ class InnerStep:
         ``vmapped``: all copies at once, differentiated through the sum of their losses; else one copy after the other.
         """
         if vmapped:
+            by_kernel = self._dense_gradients(params, batch)
+            if by_kernel is not None:
+                return *by_kernel, buffers
             return gradients(torch.vmap(self.task.training_loss), params, buffers, batch)
         copies = range(len(next(iter(params.values()))))
         one_by_one = [
@@ -67,6 +72,13 @@ class InnerStep:
             for k in copies
         ]
         return tuple(tree.stack(part) for part in zip(*one_by_one, strict=True))
+
+    def _dense_gradients(self, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """Losses and gradients by a kernel, where the task is a dense network."""
+        dense = self.task.dense
+        if dense is None or self.kernels is None:
+            return None
+        return self.kernels.dense_gradients(dense, params, batch[dense.inputs].flatten(2), batch[dense.target])
 
     def pure_gradients(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params, Params]:
         """As `gradients`, by function transforms: slower as it is, but open to ``torch.compile``."""
@@ -86,42 +98,41 @@ class InnerStep:
             new = self._update_all(grads, loss, theta, hp, params, state, buffers, batch, *time)
         return with_finite(loss, *new, new_buffers)
 
-    def fused(self, params: Params, state: State, in_place: bool = False) -> CppStep | None:
-        """The rule's update as one pass of C++ over memory, where rule, tensors and machine allow it."""
+    def fused(self, params: Params, state: State, in_place: bool = False) -> ElementwiseStep | None:
+        """The rule's update as one pass over memory, where rule, tensors and machine allow it."""
         rule = self.rule
-        if not isinstance(rule, ElementwiseRule) or type(rule).update is not ElementwiseRule.update:
+        if self.kernels is None or not is_elementwise(rule):
             return None
         first = next(iter(params.values()))
-        if not first.is_cpu:
-            return None
         for name, p in params.items():
             slots = [state[name][slot] for slot in rule.slots]
             if p.dtype != first.dtype or any(s.dtype != first.dtype or s.shape != p.shape for s in slots):
                 return None
-        return compile_cpp(rule.program, first.dtype, first.dtype, first.dtype, out_of_place=not in_place)
+        return self.kernels.elementwise(rule.program, (first.dtype,) * 3, out_of_place=not in_place)
 
     def can_fuse(self, params: Params, state: State) -> bool:
-        """Whether all copies can be updated in C++."""
+        """Whether all copies can be updated by a kernel."""
         if isinstance(self.learned, PerParameterRule):
-            return self.learned.fuses(params, self.info)
+            return self.kernels is not None and self.learned.fuses(self.kernels, params, self.info)
         return self.fused(params, state) is not None
 
     def _fused_update(
         self, grads: Params, loss: Tensor, theta: Theta, hp: Any, params: Params, state: State, step: Tensor,
         horizon: Tensor,
     ) -> tuple[Params, State] | None:  # fmt: skip
-        """An update in C++, where rule, tensors and machine allow it."""
+        """An update by a kernel, where rule, tensors and machine allow it."""
         rule = self.rule
         if isinstance(self.learned, PerParameterRule):
+            if self.kernels is None:
+                return None
             ctx = Context(self.info, step=step, loss=loss, horizon=horizon)
-            return self.learned.update_copies(theta, grads, state, params, hp, ctx, self.dims[:2])
+            return self.learned.update_copies(self.kernels, theta, grads, state, params, hp, ctx, self.dims[:2])
         kernel = self.fused(params, state)
-        if kernel is None:
+        if kernel is None or not is_elementwise(rule):
             return None
-        assert isinstance(rule, ElementwiseRule)
         columns = [params, grads, *({name: state[name][slot] for name in params} for slot in rule.slots)]
-        coefficients = _coefficients(rule, flat_hp(hp), step)
-        new = kernel.copies([[column[name].contiguous() for name in params] for column in columns], coefficients)
+        numbers = coefficients(rule, flat_hp(hp), step)
+        new = kernel.copies([[column[name].contiguous() for name in params] for column in columns], numbers)
         new_params, *slots = (dict(zip(params, column, strict=True)) for column in new)
         return new_params, {
             name: {"step": state[name]["step"] + 1}
@@ -143,6 +154,11 @@ class InnerStep:
         return self.rule.update(grads, state, params, hp, ctx)
 
 
+def is_elementwise(rule: UpdateRule) -> TypeGuard[ElementwiseRule]:
+    """Whether all that a step does is in the rule's program."""
+    return isinstance(rule, ElementwiseRule) and type(rule).update is ElementwiseRule.update
+
+
 def with_finite(loss: Tensor, params: Params, state: State, buffers: Params) -> Any:
     """The same with the finite mask [K]."""
     # one sum per copy: a NaN or infinity anywhere shows in it
@@ -161,7 +177,7 @@ def gradients(loss: Callable[..., Any], params: Params, *rest: Any) -> tuple[Ten
     return value.detach(), grads, tree.detach(buffers)
 
 
-def _coefficients(rule: ElementwiseRule, scalars: dict[str, Any], step: Tensor) -> dict[str, Any]:
+def coefficients(rule: ElementwiseRule, scalars: dict[str, Any], step: Tensor) -> dict[str, Any]:
     """The kernel's coefficients: a number for all copies, or one per copy [K]."""
     if any(isinstance(value, Tensor) for value in scalars.values()):
         return rule.program.scalar_values({**scalars, "t": (step + 1).to(torch.float64)})

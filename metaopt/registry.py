@@ -37,6 +37,7 @@ KINDS: Mapping[str, str] = {
     "truncation": "metaopt_truncations",
     "curriculum": "metaopt_curricula",
     "unroll_backend": "metaopt_unroll_backends",
+    "kernel": "metaopt_kernels",
     "proposer": "metaopt_proposers",
     "importer": "metaopt_importers",
     "exporter": "metaopt_exporters",

@@ -16,6 +16,7 @@ from torch.func import grad_and_value
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaopt import tree
+from metaopt.dense.network import DenseNetwork
 from metaopt.rule import ParamInfo, Params, infer_info
 
 Batch = dict[str, Tensor]
@@ -105,6 +106,11 @@ class Task(ABC):
         gradients, (loss, new_buffers) = grad_and_value(self.training_loss, has_aux=True)(params, buffers, batch)
         return loss, gradients, new_buffers
 
+    @property
+    def dense(self) -> DenseNetwork | None:
+        """The training loss as a dense network, where it is one: kernels then take it. None by default."""
+        return None
+
     def normalize(self, loss: Tensor) -> Tensor:
         """A finite, bounded loss that is comparable between tasks; NaN counts as the worst."""
         return torch.nan_to_num(loss, nan=1e6, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
@@ -115,6 +121,9 @@ class Task(ABC):
 
     def forward_flops(self) -> int:
         """Floating-point operations in the matrix products and convolutions of one training loss, two per multiply-add."""
+        if self.dense is not None:  # known without torch's counter, whose first use takes a second
+            info = self.info()
+            return sum(2 * self.batch_size * math.prod(info[weight].shape) for weight, _ in self.dense.layers)
         batch = self.train.take(torch.zeros(self.batch_size, dtype=torch.int64, device=self.device))
         batch |= {"random": torch.zeros((), dtype=torch.int64, device=self.device)} if self.stochastic else {}
         params = {name: p.to(self.device) for name, p in self.init(Generator().manual_seed(0)).items()}

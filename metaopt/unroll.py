@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metaopt import registry, tree
 from metaopt.inner_step import InnerStep
+from metaopt.kernels import kernels_of
 from metaopt.learned import BoundRule, Theta
 from metaopt.random import hash64, sample_indices, step_keys
 from metaopt.rule import Declared, ElementwiseRule, Params, State, UpdateRule
@@ -128,8 +129,9 @@ def unroll(
         steps: how many updates; at least 1.
         hp: hyperparameters that differ from ``rule.hp``: floats, 0-d tensors, or [K] tensors for one value per copy.
         horizon: planned length of each run, int or int64 [K]; default the task's.
-        backend: a registered one (``eager``, ``loop``, ``compile``), or "auto": on a CPU ``loop`` for a few copies and for
-            compute-bound tasks, else ``eager`` (never ``compile``, which costs tens of seconds).
+        backend: a registered one (``metaopt list backends``), or "auto": on a CPU ``fused`` for dense
+            networks, ``loop`` for a few copies and for compute-bound tasks, else ``eager`` (never ``compile``, which costs
+            tens of seconds).
 
     Returns:
         losses [K, steps], each at the parameters before its update, NaN once a copy has diverged; and the new carry.
@@ -232,6 +234,8 @@ def _automatic(task: Task, rule: UpdateRule, k: int) -> str:
     if task.device.type != "cpu":
         return "eager"
     quick = isinstance(rule, ElementwiseRule) and not torch.is_grad_enabled()
+    if quick and task.dense is not None and not task.compute_bound:
+        return "fused"
     return "loop" if task.compute_bound or (quick and k < _COPIES_WORTH_VMAP) else "eager"
 
 
@@ -247,5 +251,8 @@ def _advance(task: Task, rule: UpdateRule, stacked: bool, dims: Any, backend: st
     key = (core.structure(), stacked, tuple(sorted(dims.items())), backend)
     cache = _ADVANCES.setdefault(task, {})
     if key not in cache:
-        cache[key] = registry.create("unroll_backend", backend, step=InnerStep(task, rule, stacked, dims))
+        # elsewhere no run has shown yet that kernels win: there they are for those who ask for them
+        kernels = kernels_of(task.device.type) if task.device.type == "cpu" or backend == "fused" else None
+        step = InnerStep(task, rule, stacked, dims, kernels)
+        cache[key] = registry.create("unroll_backend", backend, step=step)
     return cache[key]

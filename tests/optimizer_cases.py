@@ -52,7 +52,7 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
 OPEN_LOOP = [name for name in RULES if name not in ("sam", "velo")]
 """The rules that can be stepped without a closure and without the loss."""
 
-EXECUTIONS = ("plain", "loop", "foreach", "cpp")
+EXECUTIONS = ("plain", "loop", "foreach", "fused")
 
 
 class Net(nn.Module):

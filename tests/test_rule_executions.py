@@ -168,7 +168,7 @@ def test_scalar_arithmetic_is_the_same_on_floats_and_on_tensors(name: str, data:
 def test_generated_cpp_computes_the_program(name: str, dtype: str, data: Any) -> None:
     problem = data.draw(problems(ELEMENTWISE[name], DTYPES[dtype]))
     assert compile_cpp(trace(elementwise_of(problem)), *[problem.dtype] * 3) is not None
-    assert_within(problem, Stepper(problem, execution="cpp").run(), reference(problem), "C++")
+    assert_within(problem, Stepper(problem, execution="fused").run(), reference(problem), "C++")
 
 
 @by_dtype
@@ -192,7 +192,7 @@ def test_every_execution_of_another_rule_computes_its_update(name: str, dtype: s
     problem = data.draw(problems(OTHERS[name], DTYPES[dtype]))
     want = functional(problem, shared_step=False)
     assert_close(name, problem, functional(problem, shared_step=True), want)
-    for execution in ("plain", "loop", "foreach", "cpp", "auto"):
+    for execution in ("plain", "loop", "foreach", "fused", "auto"):
         assert_close(name, problem, Stepper(problem, execution=execution).run(), want)
 
 

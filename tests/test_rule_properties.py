@@ -38,7 +38,7 @@ from metaopt.torch_optimizer import RuleOptimizer
 from metaopt.unroll import Carry, start, unroll
 
 FILLED = tuple(shape for shape in SHAPES if math.prod(shape))
-executions = st.sampled_from(["plain", "loop", "foreach", "auto", *(["cpp"] if compiler() else [])])
+executions = st.sampled_from(["plain", "loop", "foreach", "auto", *(["fused"] if compiler() else [])])
 dtypes = st.sampled_from(list(DTYPES.values()))
 
 

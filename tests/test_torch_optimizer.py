@@ -49,7 +49,7 @@ TORCH: dict[str, tuple[UpdateRule, Any]] = {
 
 
 def usable(execution: str) -> bool:
-    return execution != "cpp" or compiler() is not None
+    return execution != "fused" or compiler() is not None
 
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
@@ -132,7 +132,7 @@ def test_the_compiled_step_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CppStep, "__call__", lambda self, *args: calls.append(1) or run(self, *args))
     params = parameters((8, 4), (3,), (0, 2), ())
     give_gradients(params)
-    make("adamw", params, "cpp").step()
+    make("adamw", params, "fused").step()
     assert calls == [1]
 
 
@@ -640,7 +640,7 @@ def test_one_optimizer_may_hold_parameters_on_several_devices(name: str, executi
     assert all(value.device == p.device for p in there for value in slots)
 
 
-@pytest.mark.parametrize("execution", ["auto", "plain", "loop", "foreach", "cpp"])
+@pytest.mark.parametrize("execution", ["auto", "plain", "loop", "foreach", "fused"])
 @pytest.mark.parametrize("name", [name for name in OPEN_LOOP if not name.startswith("clipped")])
 def test_nan_in_one_gradient_stays_with_its_parameter(name: str, execution: Any) -> None:
     """A bad batch for one expert must not destroy the others; bias corrections and stacks are the usual leaks."""

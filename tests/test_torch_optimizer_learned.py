@@ -15,8 +15,7 @@ from torch import Tensor, distributed, nn
 from torchrun import torchrun
 
 import metaopt
-from metaopt import tree
-from metaopt.perparameter import in_place
+from metaopt import cpp_kernels, tree
 from metaopt.program import compiler
 from metaopt.rule import Chain, UpdateRule
 from metaopt.torch_optimizer import RuleOptimizer
@@ -26,7 +25,7 @@ from metaopt_learned.celo import Celo
 from metaopt_learned.celo2 import Celo2
 from metaopt_learned.mulo import MuLO
 
-IN_PLACE = ["foreach", pytest.param("cpp", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
+IN_PLACE = ["foreach", pytest.param("fused", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
 
 
 def by_attribute(optimizer: RuleOptimizer, loss: Tensor) -> None:
@@ -211,19 +210,19 @@ def test_every_execution_takes_the_same_steps(name: str, execution: Any) -> None
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("execution", ["auto", "cpp", "foreach"])
+@pytest.mark.parametrize("execution", ["auto", "fused", "foreach"])
 def test_the_compiled_step_runs_where_it_pays(execution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a second or two to build, and nothing is built before the first step."""
     calls = []
-    run = in_place.fused_step
-    monkeypatch.setattr(in_place, "fused_step", lambda *args, **options: calls.append(1) or run(*args, **options))
+    run = cpp_kernels.fused_step
+    monkeypatch.setattr(cpp_kernels, "fused_step", lambda *args, **options: calls.append(1) or run(*args, **options))
     for size in (10, 40_000):
         p = nn.Parameter(torch.zeros(size))
         p.grad = torch.ones(size)
         optimizer = make("learned", [p], execution)
         assert not calls
         optimizer.step()
-        assert bool(calls) == (execution == "cpp" or (execution == "auto" and size == 40_000))
+        assert bool(calls) == (execution == "fused" or (execution == "auto" and size == 40_000))
         calls.clear()
 
 
@@ -288,7 +287,7 @@ def test_parameters_of_several_dtypes_are_stepped_together() -> None:
     for p, twin in zip(params, twins, strict=True):
         p.grad = torch.full_like(p, 0.1)
         twin.grad = p.grad.float()
-    make("velo", params, "cpp" if compiler() else "foreach").step(1.0)
+    make("velo", params, "fused" if compiler() else "foreach").step(1.0)
     make("velo", twins, "plain").step(1.0)
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p.float(), twin.to(p.dtype).float(), rtol=2**-7, atol=1e-6)  # an ulp of bfloat16

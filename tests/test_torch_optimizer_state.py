@@ -307,7 +307,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:Found a non-scalar tensor:UserWarning")  # DTensor, of tensors of one element
-@pytest.mark.parametrize("execution", ["auto", "cpp", "foreach", "loop", "plain"])
+@pytest.mark.parametrize("execution", ["auto", "fused", "foreach", "loop", "plain"])
 @pytest.mark.parametrize(
     "name", ["adamw", "lion", "adafactor", "muon", "clipped", "lookahead", "learned", "celo2", "velo"]
 )

@@ -1,21 +1,24 @@
-"""One step of a per-parameter rule that overwrites parameters and state: by C++ where it can, else by chunks."""
+"""One step of a per-parameter rule that overwrites parameters and state: by a kernel where it can, else by chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from metaopt.learned import Theta
 from metaopt.perparameter.chunked import step_in_chunks
-from metaopt.perparameter.cpp import fused_step, supports
 from metaopt.perparameter.features import ACCUMULATORS, Slots
 from metaopt.perparameter.rule import PerParameterRule, Prepared
 from metaopt.rule import Context, HyperValues, Params, State, compute_dtype
 
+if TYPE_CHECKING:  # the contract of kernels speaks of these rules
+    from metaopt.kernels import Kernels
+
 _BATCH = 1 << 20
-"""Elements that C++ steps in one call, at most unless one parameter has more: of so many there may be copies at once."""
+"""Elements that a kernel steps in one call, at most unless one parameter has more: of so many there may be copies at once."""
 
 
 def step_in_place(
@@ -27,12 +30,12 @@ def step_in_place(
     hp: HyperValues,
     ctx: Context,
     *,
-    cpp: bool,
+    kernels: Kernels | None,
 ) -> None:
     """`PerParameterRule.update` of the parameters that the network steps, in place and with nothing recorded.
 
     Parameters and gradients may have any floating-point dtype and strides. What is allocated at once is as large as the
-    features of a chunk; with C++, or a rule with its own finish, as a million elements or the outputs of one parameter.
+    features of a chunk; with kernels, or a rule with its own finish, as a million elements or the outputs of one parameter.
 
     Args:
         rule: whose step.
@@ -42,14 +45,15 @@ def step_in_place(
         params: overwritten.
         hp: hyperparameters.
         ctx: as for `update`.
-        cpp: use C++ where it can be had.
+        kernels: to use where they reach; None: chunks only.
     """
     prepared = rule.prepare(theta, rule.read_by_prepare(state, params), params, hp, ctx)
     left = [*params]
-    if cpp:
-        reached = {name for name, param in params.items() if _in_reach(rule, param, state[name])}
+    if kernels is not None:
+        reached = {name for name, param in params.items() if _in_reach(kernels, rule, param, state[name])}
         left = [name for name in params if name not in reached]
-        left += _step_by_cpp(rule, prepared, [name for name in params if name in reached], grads, state, params)
+        mine = [name for name in params if name in reached]
+        left += _step_by_kernel(kernels, rule, prepared, mine, grads, state, params)
     for name in left:
         share = prepared.layers[name], prepared.scale[name], prepared.keep[name]
         t = ctx.updates_of(state[name]) + 1
@@ -59,18 +63,25 @@ def step_in_place(
             state[name][slot].copy_(value)
 
 
-def _in_reach(rule: PerParameterRule, param: Tensor, slots: Slots) -> bool:
-    """Whether C++ can step this parameter, perhaps a copy of it."""
+def _in_reach(kernels: Kernels, rule: PerParameterRule, param: Tensor, slots: Slots) -> bool:
+    """Whether a kernel can step this parameter, perhaps a copy of it."""
     dtype = compute_dtype(param.dtype)
-    return supports(rule.features, param.shape, param) and all(
-        value.is_cpu and value.dtype == dtype and value.is_contiguous() for value in _accumulators(slots).values()
+    slots = _accumulators(slots)
+    return kernels.reaches(rule.features, param.shape, param) and all(
+        value.device == param.device and value.dtype == dtype and value.is_contiguous() for value in slots.values()
     )
 
 
-def _step_by_cpp(
-    rule: PerParameterRule, prepared: Prepared, names: Sequence[str], grads: Params, state: State, params: Params
+def _step_by_kernel(
+    kernels: Kernels,
+    rule: PerParameterRule,
+    prepared: Prepared,
+    names: Sequence[str],
+    grads: Params,
+    state: State,
+    params: Params,
 ) -> list[str]:
-    """Step these parameters by C++; returns those that it refused."""
+    """Step these parameters by a kernel; returns those that it refused."""
     of_one_copy = {key: value.unsqueeze(0) for key, value in prepared.distinct().items()}
     stacked = prepared.map(lambda value: of_one_copy[id(value)])
     refused: list[str] = []
@@ -78,7 +89,8 @@ def _step_by_cpp(
         # as they are where possible, else copies to be written back
         wide = {n: params[n].detach().to(compute_dtype(params[n].dtype)).contiguous().unsqueeze(0) for n in batch}
         old = {n: {slot: value.unsqueeze(0) for slot, value in _accumulators(state[n]).items()} for n in batch}
-        done = fused_step(rule.cpp_step, stacked, {n: grads[n].unsqueeze(0) for n in batch}, wide, old, in_place=True)
+        own = {n: grads[n].unsqueeze(0) for n in batch}
+        done = kernels.network_step(rule.kernel_step, stacked, own, wide, old, in_place=True)
         if done is None:
             refused += batch
             continue

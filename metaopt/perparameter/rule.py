@@ -8,59 +8,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from metaopt import tree
 from metaopt.learned import LearnedRule, Theta
-from metaopt.perparameter.cpp import Step, fused_step, supports
 from metaopt.perparameter.features import Decays, Features, Slots, accumulate, clip, inputs, zero_slots
+from metaopt.perparameter.prepared import Layers, Prepared, Step
 from metaopt.rule import Context, ElementwiseRule, HyperValues, ParamInfo, Params, State, compute_dtype
+
+if TYPE_CHECKING:  # the contract of kernels speaks of these rules
+    from metaopt.kernels import Kernels
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
-
-Layers = tuple[tuple[Tensor, Tensor], ...]
-"""A network: weight [in, out] and bias [out] of each layer, ReLU between them."""
-
-
-class Prepared(NamedTuple):
-    """What one step needs besides gradients, parameters and accumulators: small tensors, of one copy.
-
-    Attributes:
-        decays: of the accumulators.
-        layers: the network of each parameter; inputs are the features alone, whatever else enters (time) is in the first bias.
-        scale: 0-d per parameter: the step is this times the network's direction; holds lr.
-        keep: 0-d per parameter: what is left of the old value (weight decay); 1 = all.
-        memory: further slots of each parameter's new state (an LSTM's).
-    """
-
-    decays: Decays
-    layers: Mapping[str, Layers]
-    scale: Mapping[str, Tensor]
-    keep: Mapping[str, Tensor]
-    memory: State
-
-    def map(self, function: Callable[[Tensor], Any]) -> Prepared:
-        """The same with ``function`` of every tensor."""
-        layers = {
-            name: tuple((function(weight), function(bias)) for weight, bias in layers)
-            for name, layers in self.layers.items()
-        }
-        rest = (tree.map_tree(function, dict(part)) for part in (self.scale, self.keep, self.memory))
-        return Prepared(tree.map_tree(function, dict(self.decays)), layers, *rest)
-
-    def of(self, name: str) -> tuple[Decays, Layers, Tensor, Tensor]:
-        """Decays, network, scale and keep of one parameter."""
-        return self.decays, self.layers[name], self.scale[name], self.keep[name]
-
-    def distinct(self) -> dict[int, Tensor]:
-        """The tensors by their ids; parameters share most."""
-        found: dict[int, Tensor] = {}
-        self.map(lambda value: found.setdefault(id(value), value))
-        return found
 
 
 class PerParameterRule(LearnedRule):
@@ -70,8 +33,8 @@ class PerParameterRule(LearnedRule):
 
     with c = ``magnitude`` (None: no s). Write `features`, `prepare` and `init_theta`; `finish` where the step is another
     function of the network's outputs; `takes` and `other` where some parameters are not the network's. Executions: the plain
-    pure one below; in place by chunks (`chunked`), and C++ for all copies (`cpp`). State per parameter: ``step``, the
-    accumulators (see `features.Slots`) and the memory; float32 or better.
+    pure one below; in place by chunks (`chunked`), and kernels for all copies (`metaopt.kernels`). State per
+    parameter: ``step``, the accumulators (see `features.Slots`) and the memory; float32 or better.
 
     Class attribute ``prepare_reads``: the slots that `prepare` reads besides ``step``. It is handed no others: under vmap
     every tensor costs time.
@@ -132,8 +95,8 @@ class PerParameterRule(LearnedRule):
         return type(self).finish is not PerParameterRule.finish
 
     @cached_property
-    def cpp_step(self) -> Step:
-        """What C++ depends on."""
+    def kernel_step(self) -> Step:
+        """What kernels depend on."""
         return Step(self.features, self.magnitude, self.has_own_finish)
 
     def init(self, params: Params, info: Mapping[str, ParamInfo], theta: Theta) -> State:
@@ -149,10 +112,10 @@ class PerParameterRule(LearnedRule):
             }
         return {name: state[name] for name in params}
 
-    def fuses(self, params: Params, info: Mapping[str, ParamInfo]) -> bool:
-        """Whether `update_copies` can update copies of ``params`` [K, *shape], some by C++ at least."""
+    def fuses(self, kernels: Kernels, params: Params, info: Mapping[str, ParamInfo]) -> bool:
+        """Whether `update_copies` can update copies of ``params`` [K, *shape], some by a kernel at least."""
         mine, _ = self.shares(params, info)
-        return any(supports(self.features, param.shape[1:], param) for param in mine.values())
+        return any(kernels.reaches(self.features, param.shape[1:], param) for param in mine.values())
 
     def read_by_prepare(self, state: State, names: Iterable[str]) -> State:
         """What `prepare` sees of the state of these parameters."""
@@ -198,6 +161,7 @@ class PerParameterRule(LearnedRule):
 
     def update_copies(
         self,
+        kernels: Kernels,
         theta: Theta,
         grads: Params,
         state: State,
@@ -206,9 +170,10 @@ class PerParameterRule(LearnedRule):
         ctx: Context,
         dims: tuple[Any, Any],
     ) -> tuple[Params, State] | None:
-        """`update` of K copies by C++, with nothing recorded; None where that cannot be, and the caller maps `update`.
+        """`update` of K copies by a kernel, with nothing recorded; None where that cannot be, and the caller maps `update`.
 
         Args:
+            kernels: of the device.
             theta: with a leading dimension K if ``dims`` says so.
             grads: [K, *shape] each.
             state: every leaf [K, ...].
@@ -219,11 +184,13 @@ class PerParameterRule(LearnedRule):
         """
         mine, rest = self.shares(params, ctx.info)
         wide = {name: param.to(compute_dtype(param.dtype)) for name, param in mine.items()}
-        reached = {name: param for name, param in wide.items() if supports(self.features, param.shape[1:], param)}
+        reached = {
+            name: param for name, param in wide.items() if kernels.reaches(self.features, param.shape[1:], param)
+        }
         if not reached:
             return None
         prepared = self._prepare_copies(theta, self.read_by_prepare(state, wide), wide, hp, ctx, dims)
-        done = fused_step(self.cpp_step, prepared, grads, reached, state)
+        done = kernels.network_step(self.kernel_step, prepared, grads, reached, state)
         if done is None:
             return None
         moved, slots = done

@@ -17,17 +17,6 @@
 #include <new>
 #include <vector>
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#define TILE_VECTORS 4
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#define TILE_VECTORS 2
-#else
-#define VECTOR_BYTES 16
-#define TILE_VECTORS 2
-#endif
-
 namespace {  // the libraries of two rules have other types of the same names
 
 typedef T V __attribute__((vector_size(VECTOR_BYTES), may_alias));
@@ -36,6 +25,7 @@ typedef T Unaligned __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned
 constexpr int64_t W = VECTOR_BYTES / sizeof(T);
 constexpr int64_t L = 256 / sizeof(T);
 constexpr int TILE = 4;                     // outputs of a layer that are summed in registers at once
+constexpr int TILE_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t CHUNK = 1 << 14;          // elements of which one thread takes care, at least
 constexpr int64_t MOST_CHUNKS = 64;         // each has its own sums of columns
 constexpr int64_t BLOCKS_PER_FLUSH = 64;    // single-precision sums get no longer than that

@@ -56,6 +56,14 @@ extern "C" int omp_get_num_threads();
 #else
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
 """
 """What all generated code begins with."""
 
@@ -80,6 +88,12 @@ def _find_compiler(chosen: str | None, cxx: str | None, path: str | None) -> str
     return None
 
 
+def cache_directory() -> Path:
+    """Where generated code is kept: ``$METAOPT_CACHE_DIR``, default ``~/.cache/metaopt``."""
+    chosen = os.environ.get("METAOPT_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.path.expanduser("~")) / ".cache" / "metaopt"
+
+
 def load_library(source: str) -> ctypes.CDLL | None:
     """The library that ``source`` compiles to, or None where it cannot be had.
 
@@ -87,12 +101,11 @@ def load_library(source: str) -> ctypes.CDLL | None:
     compiler: None, silently. A build, a load or a cache directory that fails: None, with one warning per process.
     """
     command = compiler()
-    return None if command is None else _library(source, command, os.environ.get("METAOPT_CACHE_DIR"))
+    return None if command is None else _library(source, command, cache_directory())
 
 
 @functools.lru_cache(maxsize=1024)
-def _library(source: str, command: str, cache: str | None) -> ctypes.CDLL | None:
-    directory = Path(cache) if cache else Path(os.path.expanduser("~")) / ".cache" / "metaopt"
+def _library(source: str, command: str, directory: Path) -> ctypes.CDLL | None:
     problem: Exception | None = None
     for openmp in (True, False):  # without: where torch has loaded no OpenMP that this compiler's code can use
         try:

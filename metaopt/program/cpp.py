@@ -13,13 +13,13 @@ import os
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metaopt.program.build import CPP_TYPES, PRELUDE, compiler, load_library
+from metaopt.program.columns import are_flat
 from metaopt.program.inplace import COMPARISONS
 from metaopt.program.ops import OPS
 from metaopt.program.program import Arg, Program, Statement
@@ -114,7 +114,7 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
             raise ValueError(f"{name!r} is no storage type; choose from {', '.join(CPP_TYPES.values())}")
     compute = "double" if param_type == "double" else "float"
     types = [param_type, grad_type, *[state_type] * (len(program.tensors) - 2)]
-    names = _names(program)
+    names = identifiers(program)
     body = []
     for k, stored in enumerate(types):
         const = "const " if k == 1 or out_of_place else ""
@@ -137,8 +137,8 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
     return PRELUDE + _PREAMBLE.format(compute=compute) + "\n" + "\n".join(lines) + "\n" + driver
 
 
-def _names(program: Program) -> dict[Arg, str]:
-    """Names that cannot meet a keyword, a macro or a letter that the compiler does not take."""
+def identifiers(program: Program) -> dict[Arg, str]:
+    """Names for generated code that cannot meet a keyword, a macro or a letter that the compiler does not take."""
     known = [*program.tensors, *program.coefficients, *(s.target for s in program.kernel)]
     return {name: f"v_{name}" if name.isascii() else f"u{k}" for k, name in enumerate(known)}
 
@@ -221,6 +221,7 @@ class CppStep:
     Attributes:
         program: what it runs.
         dtypes: of parameters, gradients and slots.
+        address: of the C function ``step``, for C++ that takes whole training runs.
     """
 
     def __init__(
@@ -228,11 +229,11 @@ class CppStep:
     ) -> None:
         self.program = program
         self.dtypes = dtypes
-        self._distinct = {*dtypes}
         self._names = program.coefficients
         self._function = library.step
         self._function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int]
         self._function.restype = None
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value
 
     def fits(self, columns: Sequence[Sequence[Tensor]]) -> bool:
         """Whether the step may run on ``columns``.
@@ -240,19 +241,7 @@ class CppStep:
         The tensors must be on the CPU, have the dtypes of this step and be dense; and those of one parameter must agree
         in shape and, unless they are contiguous, in strides. Each column is taken to live on one device.
         """
-        tensors = [*chain.from_iterable(columns)]
-        count = len(columns[0])
-        sizes = [*map(Tensor.numel, tensors)]
-        if sizes != sizes[:count] * len(columns) or not all([column[0].is_cpu for column in columns if column]):
-            return False
-        if len(self._distinct) == 1:
-            if {*map(_dtype, tensors)} - self._distinct:
-                return False
-        elif any([{*map(_dtype, column)} - {self.dtypes[min(k, 2)]} for k, column in enumerate(columns)]):
-            return False
-        if all(map(Tensor.is_contiguous, tensors)):
-            return True
-        return all(_same_layout(tensors) for tensors in zip(*columns, strict=True))
+        return all([column[0].is_cpu for column in columns if column]) and are_flat(columns, self.dtypes)
 
     def __call__(self, columns: Sequence[Sequence[Tensor]], coefficients: Mapping[str, float]) -> None:
         params = columns[0]
@@ -297,15 +286,3 @@ class CppStep:
             torch.get_num_threads(),
         )  # fmt: skip
         return new
-
-
-_dtype = attrgetter("dtype")
-
-
-def _same_layout(tensors: Sequence[Tensor]) -> bool:
-    """Whether one walk over flat memory meets the same element in all of them."""
-    if all(map(Tensor.is_contiguous, tensors)):
-        return True
-    strides = tensors[0].stride()
-    order = sorted(range(len(strides)), key=lambda d: -strides[d])
-    return all(t.stride() == strides for t in tensors) and tensors[0].permute(order).is_contiguous()

@@ -23,6 +23,7 @@ class Op:
         scalar: on Python floats.
         python: format string of readable Python.
         cpp: format string of C++ on values of one floating type ``T``.
+        triton: format string of Triton on values of one floating type, with the functions of `metaopt_kernels.arithmetic`.
         foreach: suffix of ``torch._foreach_*`` (and of the in-place tensor method), if there is one.
         precedence: of the Python form, for parentheses; 9 = a call or atom.
     """
@@ -33,6 +34,7 @@ class Op:
     scalar: Callable[..., float]
     python: str
     cpp: str
+    triton: str
     foreach: str | None = None
     precedence: int = 9
 
@@ -111,27 +113,33 @@ def _compare(function: Callable[[Any, Any], Any]) -> Callable[[float, float], fl
     return lambda x, y: float(function(x, y))
 
 
+# fmt: off
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        Op("add", 2, operator.add, operator.add, "{0} + {1}", "({0} + {1})", "add", 5),
-        Op("sub", 2, operator.sub, operator.sub, "{0} - {1}", "({0} - {1})", "sub", 5),
-        Op("mul", 2, operator.mul, operator.mul, "{0} * {1}", "({0} * {1})", "mul", 6),
-        Op("div", 2, operator.truediv, _scalar_div, "{0} / {1}", "({0} / {1})", "div", 6),
-        Op("pow", 2, _safe_pow, _scalar_pow, "{0} ** {1}", "std::pow({0}, {1})", "pow", 8),
-        Op("neg", 1, operator.neg, operator.neg, "-{0}", "(-{0})", "neg", 7),
-        Op("abs", 1, torch.abs, abs, "torch.abs({0})", "std::fabs({0})", "abs"),
-        Op("sqrt", 1, _safe_sqrt, _scalar_sqrt, "torch.sqrt({0})", "std::sqrt({0})", "sqrt"),
-        Op("sign", 1, torch.sign, _scalar_sign, "torch.sign({0})", "T(({0} > T(0)) - ({0} < T(0)))", "sign"),
-        Op("exp", 1, torch.exp, _scalar_exp, "torch.exp({0})", "std::exp({0})", "exp"),
-        Op("log", 1, torch.log, _scalar_log, "torch.log({0})", "std::log({0})", "log"),
-        Op("tanh", 1, torch.tanh, math.tanh, "torch.tanh({0})", "std::tanh({0})", "tanh"),
-        Op("maximum", 2, _extremum(torch.maximum), max, "torch.maximum({0}, {1})", "nan_max({0}, {1})", "maximum"),
-        Op("minimum", 2, _extremum(torch.minimum), min, "torch.minimum({0}, {1})", "nan_min({0}, {1})", "minimum"),
-        Op("gt", 2, operator.gt, _compare(operator.gt), "{0} > {1}", "({0} > {1})", None, 4),
-        Op("lt", 2, operator.lt, _compare(operator.lt), "{0} < {1}", "({0} < {1})", None, 4),
-        Op("ge", 2, operator.ge, _compare(operator.ge), "{0} >= {1}", "({0} >= {1})", None, 4),
-        Op("le", 2, operator.le, _compare(operator.le), "{0} <= {1}", "({0} <= {1})", None, 4),
-        Op("where", 3, _where, lambda c, x, y: x if c else y, "torch.where({0}, {1}, {2})", "({0} ? {1} : {2})"),
+        Op("add", 2, operator.add, operator.add, "{0} + {1}", "({0} + {1})", "({0} + {1})", "add", 5),
+        Op("sub", 2, operator.sub, operator.sub, "{0} - {1}", "({0} - {1})", "({0} - {1})", "sub", 5),
+        Op("mul", 2, operator.mul, operator.mul, "{0} * {1}", "({0} * {1})", "({0} * {1})", "mul", 6),
+        Op("div", 2, operator.truediv, _scalar_div, "{0} / {1}", "({0} / {1})", "divide({0}, {1})", "div", 6),
+        Op("pow", 2, _safe_pow, _scalar_pow, "{0} ** {1}", "std::pow({0}, {1})", "power({0}, {1})", "pow", 8),
+        Op("neg", 1, operator.neg, operator.neg, "-{0}", "(-{0})", "(-1.0 * {0})", "neg", 7),
+        Op("abs", 1, torch.abs, abs, "torch.abs({0})", "std::fabs({0})", "tl.abs({0})", "abs"),
+        Op("sqrt", 1, _safe_sqrt, _scalar_sqrt, "torch.sqrt({0})", "std::sqrt({0})", "square_root({0})", "sqrt"),
+        Op("sign", 1, torch.sign, _scalar_sign, "torch.sign({0})",
+           "T(({0} > T(0)) - ({0} < T(0)))", "sign({0})", "sign"),
+        Op("exp", 1, torch.exp, _scalar_exp, "torch.exp({0})", "std::exp({0})", "exponential({0})", "exp"),
+        Op("log", 1, torch.log, _scalar_log, "torch.log({0})", "std::log({0})", "logarithm({0})", "log"),
+        Op("tanh", 1, torch.tanh, math.tanh, "torch.tanh({0})", "std::tanh({0})", "hyperbolic_tangent({0})", "tanh"),
+        Op("maximum", 2, _extremum(torch.maximum), max, "torch.maximum({0}, {1})",
+           "nan_max({0}, {1})", "maximum({0}, {1})", "maximum"),
+        Op("minimum", 2, _extremum(torch.minimum), min, "torch.minimum({0}, {1})",
+           "nan_min({0}, {1})", "minimum({0}, {1})", "minimum"),
+        Op("gt", 2, operator.gt, _compare(operator.gt), "{0} > {1}", "({0} > {1})", "({0} > {1})", None, 4),
+        Op("lt", 2, operator.lt, _compare(operator.lt), "{0} < {1}", "({0} < {1})", "({0} < {1})", None, 4),
+        Op("ge", 2, operator.ge, _compare(operator.ge), "{0} >= {1}", "({0} >= {1})", "({0} >= {1})", None, 4),
+        Op("le", 2, operator.le, _compare(operator.le), "{0} <= {1}", "({0} <= {1})", "({0} <= {1})", None, 4),
+        Op("where", 3, _where, lambda c, x, y: x if c else y, "torch.where({0}, {1}, {2})",
+           "({0} ? {1} : {2})", "tl.where({0}, {1}, {2})"),
     )
 }
+# fmt: on

@@ -192,7 +192,7 @@ def trace(rule: ElementwiseRule) -> Program:
         raise TraceError(f"{cls.__name__}.elementwise must return ({expected}), got {len(outputs)} values")
     program = Program(scalars, tensors, tuple(tracer.statements), tuple(tracer.arg(o) for o in outputs))
     chosen = {s._name: name for name, s in coefficients.items() if isinstance(s, Symbol)}
-    return _renamed(_without_dead(program), {**names.found, **chosen})
+    return _renamed(without_dead(program), {**names.found, **chosen})
 
 
 def _checked_slots(rule: ElementwiseRule, scalars: tuple[str, ...]) -> tuple[str, ...]:
@@ -231,7 +231,8 @@ class _LocalNames:
         sys.setprofile(self._previous)
 
 
-def _without_dead(program: Program) -> Program:
+def without_dead(program: Program) -> Program:
+    """``program`` without the statements that no output depends on."""
     live = set(program.outputs)
     kept = []
     for s in reversed(program.statements):

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from metaopt.dense.network import DenseNetwork
 from metaopt.random import uniform
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch, Task
@@ -82,6 +83,13 @@ class MLP(Task):
             h = h if drop is None else drop(h, i)
         return linear(params, f"fc{len(self.hidden) + 1}", h)
 
+    def _dense(self, loss: str, target: str, label_smoothing: float = 0.0) -> DenseNetwork | None:
+        """The network of `predict` under this loss, if it has no norms."""
+        if self.norm != "none":
+            return None
+        layers = tuple((f"fc{i}.weight", f"fc{i}.bias") for i in range(1, len(self.hidden) + 2))
+        return DenseNetwork(layers, self.activation, loss, label_smoothing, "input", target)
+
     def info(self) -> dict[str, ParamInfo]:
         """The first layer is the input, the last the output; the only layer of a linear model is the output."""
         last = f"fc{len(self.hidden) + 1}.weight"
@@ -148,6 +156,13 @@ class MLPClassifier(MLP, CrossEntropyTask):
             return cross_entropy(outputs, label, self.label_smoothing)
         return CRITERIA[self.criterion][0](outputs, label)
 
+    @property
+    def dense(self) -> DenseNetwork | None:
+        """Without norms; a subclass, whose training loss may be another, has none."""
+        if type(self) is not MLPClassifier:
+            return None
+        return self._dense(self.criterion, "label", self.label_smoothing)
+
     def normalize(self, loss: Tensor) -> Tensor:
         """As of a cross-entropy: 0 is the best, 1 equal outputs for all classes, 1.5 the worst that counts."""
         return super().normalize(loss * (math.log(self.classes) / CRITERIA[self.criterion][1](self.classes)))
@@ -200,6 +215,13 @@ class MLPRegressor(MLP, ScaledTask):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Mean loss of ``input`` [B, ...] and ``target`` [B, outputs]."""
         return LOSSES[self.criterion](self.predict(params, batch["input"]), batch["target"])
+
+    @property
+    def dense(self) -> DenseNetwork | None:
+        """Of ``mse`` without norms; a subclass, whose training loss may be another, has none."""
+        if type(self) is not MLPRegressor or self.criterion != "mse":
+            return None
+        return self._dense("mse", "target")
 
 
 def mlp_classifier(

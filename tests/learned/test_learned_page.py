@@ -31,7 +31,7 @@ def tiny() -> PerParameterRule:
     return rule
 
 
-@pytest.mark.parametrize("execution", ["plain", "foreach", "cpp"])
+@pytest.mark.parametrize("execution", ["plain", "foreach", "fused"])
 def test_the_rule_of_the_page_is_a_torch_optimizer_whose_lr_counts(tiny: PerParameterRule, execution: Any) -> None:
     bound = tiny.bind(tiny.init_theta(torch.Generator().manual_seed(0)))
     moves = []

@@ -32,7 +32,7 @@ def to_torch(value: Tensor, first: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "layout" in rule.declared()])
 @pytest.mark.parametrize("inputs", ["learned_inputs", "learned_inputs_edge"])
-@pytest.mark.parametrize("execution", ["functional", "cpp"])
+@pytest.mark.parametrize("execution", ["functional", "fused"])
 def test_torch_layout_is_the_original_transposed(name: str, inputs: str, execution: Any) -> None:
     """Also where sizes tie. float64; sums run in another order. C++ knows norms by matrix of kernels in torch's layout only."""
     given, _ = load(inputs)

@@ -62,7 +62,7 @@ def functional(rule: UpdateRule, start: Params, grads: Params) -> dict[str, Tens
     ("form", "dtype"),
     [
         ("functional", torch.float64), ("plain", torch.float64), ("foreach", torch.float64),
-        ("functional", torch.float32), ("foreach", torch.float32), ("cpp", torch.float32),
+        ("functional", torch.float32), ("foreach", torch.float32), ("fused", torch.float32),
     ],
 )  # fmt: skip
 def test_trajectory_agrees_with_the_jax_original(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import metaopt
 from metaopt import tree
+from metaopt.cpp_kernels import CppKernels
 from metaopt.learned import LearnedRule, Theta
 from metaopt.perparameter import PerParameterRule
 from metaopt.rule import Context, Params, infer_info
@@ -92,7 +93,7 @@ EXECUTIONS = [  # rules without a per-parameter network have but one
     (name, execution, dtype)
     for name, rule in RULES.items()
     for execution, dtype in [
-        ("plain", torch.float64), ("foreach", torch.float64), ("cpp", torch.float64), ("cpp", torch.float32)
+        ("plain", torch.float64), ("foreach", torch.float64), ("fused", torch.float64), ("fused", torch.float32)
     ]
     if execution == "plain" or isinstance(rule, PerParameterRule)
 ]  # fmt: skip
@@ -175,7 +176,7 @@ def test_copies_in_cpp_follow_the_same_trajectory(name: str, edge: str) -> None:
     learned, theta, info = RULES[name], theta_of(name, torch.float64), infer_info(start)
     assert isinstance(learned, PerParameterRule)
     params, copied = (tree.map_tree(lambda value: torch.stack([value] * 2), part) for part in (start, theta))
-    if not learned.fuses(params, info):
+    if not learned.fuses(CppKernels(), params, info):
         pytest.skip("no C++ compiler")
     state = torch.vmap(lambda p, theta: learned.init(p, info, theta))(params, copied)
     got = []
@@ -183,7 +184,9 @@ def test_copies_in_cpp_follow_the_same_trajectory(name: str, edge: str) -> None:
         both = {tensor: torch.stack([grad[t]] * 2) for tensor, grad in grads.items()}
         ctx = Context(info, torch.full((2,), t), loss.expand(2), torch.full((2,), HORIZON))
         with torch.no_grad():
-            updated = learned.update_copies(copied, both, state, params, learned.hp, ctx, (0, {"lr": None}))
+            updated = learned.update_copies(
+                CppKernels(), copied, both, state, params, learned.hp, ctx, (0, {"lr": None})
+            )
         assert updated is not None
         params, state = updated
         got.append(tree.index(params, 1))

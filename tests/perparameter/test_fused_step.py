@@ -13,8 +13,9 @@ from perparameter_cases import RULES, SHAPES, Everything
 from torch import Generator, Tensor
 
 from metaopt import registry, tree
+from metaopt.cpp_kernels import CppKernels
 from metaopt.learned import Theta
-from metaopt.perparameter import PerParameterRule, Prepared, cpp
+from metaopt.perparameter import PerParameterRule, Prepared, table
 from metaopt.perparameter.cpp import fused_step, supports
 from metaopt.program.build import compiler, load_library
 from metaopt.rule import Context, Params, State, infer_info
@@ -57,7 +58,9 @@ def run(
     for t, now in enumerate(grads):
         step, loss = torch.full((k,), t), torch.zeros(k)
         if fused:
-            done = rule.update_copies(theta, now, state, params, HP, Context(info, step, loss, step), dims)
+            done = rule.update_copies(
+                CppKernels(), theta, now, state, params, HP, Context(info, step, loss, step), dims
+            )
             assert done is not None
         else:
 
@@ -125,7 +128,14 @@ def test_adafac_mlp_is_that_of_jax(inputs: str, prefix: str) -> None:
         now = {name: g[t].unsqueeze(0) for name, g in grads.items()}
         hp = {"lr": 1.0, "weight_decay": 0.0}
         done = rule.update_copies(
-            theta, now, state, params, hp, Context(info, step, torch.zeros(1), step), (None, dict.fromkeys(hp))
+            CppKernels(),
+            theta,
+            now,
+            state,
+            params,
+            hp,
+            Context(info, step, torch.zeros(1), step),
+            (None, dict.fromkeys(hp)),
         )
         assert done is not None
         params, state = done
@@ -226,7 +236,7 @@ def test_in_place_is_out_of_place(name: str, dtype: torch.dtype) -> None:
     state = torch.vmap(lambda p, theta: rule.init(p, info, theta))(params, theta)
     own_theta, own_params, own_state = (tree.index(part, 0) for part in (theta, params, state))
     prepared = rule.prepare(own_theta, own_state, own_params, HP, Context(info)).map(lambda v: v.unsqueeze(0))
-    step = rule.cpp_step
+    step = rule.kernel_step
     apart = fused_step(step, prepared, grads, params, state)
     kept = tree.map_tree(torch.clone, params)
     inside = fused_step(step, prepared, grads, params, state, in_place=True)
@@ -268,17 +278,17 @@ def test_what_it_does_not_know_is_left_to_the_plain_form(monkeypatch: pytest.Mon
     rule = RULES["everything"]
     _, params, _ = copies_of(rule, 2, False)
     info = infer_info({name: p[0] for name, p in params.items()})
-    assert rule.fuses(params, info)
-    assert not rule.fuses({name: p.to(torch.int32) for name, p in params.items()}, info)
+    assert rule.fuses(CppKernels(), params, info)
+    assert not rule.fuses(CppKernels(), {name: p.to(torch.int32) for name, p in params.items()}, info)
     for features in (
         replace(rule.features, bias_correction=True),
         replace(rule.features, factored=3),  # which has no partner among two momenta
     ):
         monkeypatch.setattr(Everything, "seen", features)
-        assert not rule.fuses(params, info)
+        assert not rule.fuses(CppKernels(), params, info)
     monkeypatch.undo()
     monkeypatch.setenv("METAOPT_CXX", "")
-    assert not rule.fuses(params, info)
+    assert not rule.fuses(CppKernels(), params, info)
 
 
 def test_a_layer_of_the_wrong_size_is_refused() -> None:
@@ -336,10 +346,10 @@ def test_what_is_missing_or_of_another_size_is_refused_before_cpp_reads_it(
 ) -> None:
     rule = RULES[name]
     prepared, grads, params, state = given_to_cpp(rule)
-    assert fused_step(rule.cpp_step, prepared, grads, params, state) is not None
+    assert fused_step(rule.kernel_step, prepared, grads, params, state) is not None
     change(prepared, grads, state)
     with pytest.raises(ValueError, match=message) as raised:
-        fused_step(rule.cpp_step, prepared, grads, params, state)
+        fused_step(rule.kernel_step, prepared, grads, params, state)
     assert "\n" not in str(raised.value)
 
 
@@ -369,7 +379,7 @@ def test_a_step_that_runs_out_of_memory_says_so(copies: int, threads: int, monke
     rule = RULES["adafac_4"]
     prepared, *given = given_to_cpp(rule)
     one: list[Any] = [tree.map_tree(lambda v: v[:copies].contiguous(), {"wide": part["wide"]}) for part in given]
-    monkeypatch.setattr(cpp, "_geometry", lambda *_: (1 << 59, 8, 1, 1 << 56, 1, 1))
+    monkeypatch.setattr(table, "geometry", lambda *_: (1 << 59, 8, 1, 1 << 56, 1, 1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     with pytest.raises(MemoryError, match="execution='foreach'"):
-        fused_step(rule.cpp_step, prepared.map(lambda v: v[:copies]), *one)
+        fused_step(rule.kernel_step, prepared.map(lambda v: v[:copies]), *one)

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaopt import tree
+from metaopt.kernels import kernels_of
 from metaopt.learned import Theta
 from metaopt.perparameter import Features, PerParameterRule, chunked
 from metaopt.perparameter.chunked import parts_of
@@ -44,7 +45,7 @@ class ByMatrix(Synthetic):
 ALL: dict[str, PerParameterRule] = {
     **RULES, "corrected": Corrected(), "by_matrix": ByMatrix(), "velo": VeLO(lstm_hidden=8, bank=4),
 }  # fmt: skip
-EXECUTIONS = ["chunks", pytest.param("cpp", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
+EXECUTIONS = ["chunks", pytest.param("fused", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
 
 
 def problem(rule: PerParameterRule, dtype: torch.dtype) -> tuple[Theta, Params, list[Params]]:
@@ -79,7 +80,9 @@ def in_place(
     state = rule.init(params, info, theta)
     for t, now in enumerate(grads):
         ctx = Context(info, loss=torch.tensor(1.0 / (1 + t)), horizon=20)
-        step_in_place(rule, theta, now, state, params, HP, ctx, cpp=execution == "cpp")
+        step_in_place(
+            rule, theta, now, state, params, HP, ctx, kernels=kernels_of("cpu") if execution == "fused" else None
+        )
         state = {name: {**slots, "step": slots["step"] + 1} for name, slots in state.items()}
     return params, state
 
@@ -168,7 +171,7 @@ def test_what_exists_at_once_is_bounded_by_the_chunk(
     known = {value.untyped_storage().data_ptr() for part in (params, grads, state) for value in tree.leaves(part)}
     with LargestMade(known) as made:
         ctx = Context(info, loss=torch.tensor(1.0), horizon=20)
-        step_in_place(rule, theta, grads, state, params, HP, ctx, cpp=False)
+        step_in_place(rule, theta, grads, state, params, HP, ctx, kernels=None)
     assert 0 < made.elements <= 512 * max(rule.features.count((1, 1)), 32)
 
 

@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from random_programs import coefficients, copied, exact_programs, expected, positive, small_integers, smooth_programs
+from random_programs import (
+    coefficients,
+    copied,
+    every_form,
+    exact_programs,
+    expected,
+    positive,
+    small_integers,
+    smooth_programs,
+    special,
+)
 from torch import Tensor
 
-from metaopt.program import OPS, CppStep, Program, Statement, build, compile_cpp, compiler
+from metaopt.program import CppStep, Program, Statement, build, compile_cpp, compiler
 from metaopt.program.cpp import cpp_source
 
 FLOAT = (torch.float32, torch.float32, torch.float32)
@@ -74,35 +84,13 @@ def test_real_arithmetic_agrees_to_rounding(program: Program) -> None:
         torch.testing.assert_close(after, expected(program, columns), rtol=rtol, atol=0)
 
 
-SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 2.5, -2.5]
-
-
-def every_form() -> Program:
-    """One slot per operation and kind of argument, so that one build covers them all."""
-    statements: list[Statement] = []
-    for op, arity in ((name, op.arity) for name, op in OPS.items()):
-        if op == "where":
-            truth = f"v{next(i for i, s in enumerate(statements) if s.op == 'gt')}"
-            forms: list[tuple[str | float, ...]] = [(truth, "param", "grad"), (truth, 2.0, 0.5), ("c1", "param", 1.0)]
-        elif arity == 1:
-            forms = [("param",)]
-        else:
-            pairs = [("param", "grad"), ("param", "c2"), ("c2", "param"), ("param", float("nan"))]
-            forms = [*pairs, ("param", 0.5), ("param", 2.0), (1.0, "param"), (float("inf"), "param"), ("param", 0.0)]
-        statements += [Statement(f"v{len(statements) + k}", op, form) for k, form in enumerate(forms)]
-    slots = tuple(f"slot{k}" for k in range(len(statements)))
-    outputs = ("param", *(s.target for s in statements))
-    return Program(("c1", "c2"), ("param", "grad", *slots), tuple(statements), outputs)
-
-
 @needs_compiler
 @pytest.mark.parametrize("dtypes", [FLOAT, DOUBLE], ids=["float", "double"])
 def test_nan_and_infinity_pass_through_every_operation_as_in_torch(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> None:
     program = every_form()
-    left, right = (t.reshape(-1).to(dtypes[0]) for t in torch.meshgrid(*[torch.tensor(SPECIAL)] * 2, indexing="ij"))
-    columns = [[left], [right], *([torch.zeros_like(left)] for _ in program.tensors[2:])]
+    columns = special(program, dtypes[0])
     after = copied(columns)
     built(program, dtypes)(after, coefficients(program))
     for s, got, want in zip(program.statements, after[2:], expected(program, columns)[2:], strict=True):

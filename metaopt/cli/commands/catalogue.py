@@ -25,6 +25,7 @@ KIND_WORDS = {
     "truncations": "truncation",
     "curriculums": "curriculum",
     "backends": "unroll_backend",
+    "kernels": "kernel",
     "proposers": "proposer",
     "importers": "importer",
     "exporters": "exporter",

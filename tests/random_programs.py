@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metaopt.program import Program, Statement, evaluate
+from metaopt.program import OPS, Program, Statement, evaluate
 
 SCALARS = {"c1": 0.5, "c2": -2.0, "c3": 1.0}
 
@@ -67,6 +68,24 @@ def _programs(draw: st.DrawFn, ops: dict[str, int], constants: Sequence[float]) 
     return Program(scalars, tensors, tuple(statements), tuple(outputs))
 
 
+def every_form() -> Program:
+    """One slot per operation and kind of argument, so that one build covers them all."""
+    statements: list[Statement] = []
+    for op, arity in ((name, op.arity) for name, op in OPS.items()):
+        if op == "where":
+            truth = f"v{next(i for i, s in enumerate(statements) if s.op == 'gt')}"
+            forms: list[tuple[str | float, ...]] = [(truth, "param", "grad"), (truth, 2.0, 0.5), ("c1", "param", 1.0)]
+        elif arity == 1:
+            forms = [("param",)]
+        else:
+            pairs = [("param", "grad"), ("param", "c2"), ("c2", "param"), ("param", float("nan"))]
+            forms = [*pairs, ("param", 0.5), ("param", 2.0), (1.0, "param"), (float("inf"), "param"), ("param", 0.0)]
+        statements += [Statement(f"v{len(statements) + k}", op, form) for k, form in enumerate(forms)]
+    slots = tuple(f"slot{k}" for k in range(len(statements)))
+    outputs = ("param", *(s.target for s in statements))
+    return Program(("c1", "c2"), ("param", "grad", *slots), tuple(statements), outputs)
+
+
 def small_integers(program: Program, sizes: Sequence[int] = (5, 1, 40), seed: int = 0) -> list[list[Tensor]]:
     """Columns of float64 tensors with entries in -3..3."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,6 +99,13 @@ def positive(program: Program, dtype: torch.dtype, sizes: Sequence[int] = (5, 1,
         [0.5 + 1.5 * torch.rand(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
         for _ in program.tensors
     ]
+
+
+def special(program: Program, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Every pair of a parameter and a gradient that arithmetic has rules for; slots are 0."""
+    numbers = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 2.5, -2.5], dtype=dtype)
+    left, right = (pair.reshape(-1) for pair in torch.meshgrid(numbers, numbers, indexing="ij"))
+    return [[left], [right], *([torch.zeros_like(left)] for _ in program.tensors[2:])]
 
 
 def expected(program: Program, columns: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -1,0 +1,55 @@
+"""The kernels of CPUs: generated C++, where a compiler is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from metaopt.dense.cpp import dense_gradients, dense_unroll
+from metaopt.dense.network import DenseNetwork
+from metaopt.kernels import Dtypes
+from metaopt.perparameter.cpp import fused_step, supports
+from metaopt.perparameter.features import Features, Slots
+from metaopt.perparameter.prepared import Prepared, Step
+from metaopt.program.cpp import CppStep, compile_cpp
+from metaopt.program.program import Program
+from metaopt.rule import Params, State
+
+
+class CppKernels:
+    """See `metaopt.kernels.Kernels`."""
+
+    def elementwise(self, program: Program, dtypes: Dtypes, out_of_place: bool = False) -> CppStep | None:
+        """See `compile_cpp`."""
+        return compile_cpp(program, *dtypes, out_of_place)
+
+    def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
+        """See `supports`."""
+        return supports(features, shape, like)
+
+    def network_step(
+        self, step: Step, prepared: Prepared, grads: Params, params: Params, state: State, *, in_place: bool = False
+    ) -> tuple[Params, dict[str, Slots]] | None:
+        """See `fused_step`."""
+        return fused_step(step, prepared, grads, params, state, in_place=in_place)
+
+    def dense_gradients(
+        self, network: DenseNetwork, params: Params, inputs: Tensor, target: Tensor
+    ) -> tuple[Tensor, Params] | None:
+        """See `metaopt.dense.cpp.dense_gradients`."""
+        return dense_gradients(network, params, inputs, target)
+
+    def dense_unroll(
+        self,
+        network: DenseNetwork,
+        program: Program,
+        coefficients: Mapping[str, Tensor],
+        params: Params,
+        state: Mapping[str, Mapping[str, Tensor]],
+        inputs: Tensor,
+        target: Tensor,
+        indices: Tensor,
+    ) -> tuple[Tensor, Params, State, Tensor] | None:
+        """See `metaopt.dense.cpp.dense_unroll`."""
+        return dense_unroll(network, program, coefficients, params, state, inputs, target, indices)
