@@ -1,7 +1,8 @@
-"""Shared settings: few threads (the suite runs in parallel) and reproducible hypothesis runs."""
+"""Shared settings: few threads (the suite runs in parallel), reproducible hypothesis runs, and where kernels run."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # golden_vectors
+
+KERNEL_DEVICE = os.environ.get("METAOPT_KERNEL_DEVICE", "cpu")
+if KERNEL_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported, which torch does sooner or later
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -25,3 +30,9 @@ def compiled_steps_of_this_run_only(tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cpp")))
         yield
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels are tested: on the CPU, in Triton's interpreter, or where ``METAOPT_KERNEL_DEVICE`` says."""
+    return torch.device(KERNEL_DEVICE)

@@ -1,1 +1,1 @@
-"""Triton kernels (none yet; see docs/architecture.md)."""
+"""Triton kernels for NVIDIA GPUs: see docs/kernels.md."""

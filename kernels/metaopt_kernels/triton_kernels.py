@@ -1,0 +1,56 @@
+"""The kernels of NVIDIA GPUs, in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from metaopt.dense.network import DenseNetwork
+from metaopt.kernels import Dtypes
+from metaopt.perparameter.features import Features, Slots
+from metaopt.perparameter.prepared import Prepared, Step
+from metaopt.program.program import Program
+from metaopt.rule import Params, State
+from metaopt_kernels.dense import dense_gradients
+from metaopt_kernels.dense_unroll import dense_unroll
+from metaopt_kernels.elementwise import TritonStep, elementwise
+from metaopt_kernels.network_step import fused_step, supports
+
+
+class TritonKernels:
+    """See `metaopt.kernels.Kernels`."""
+
+    def elementwise(self, program: Program, dtypes: Dtypes, out_of_place: bool = False) -> TritonStep | None:
+        """See `metaopt_kernels.elementwise`; one step does both."""
+        return elementwise(program, dtypes)
+
+    def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
+        """See `metaopt_kernels.network_step.supports`."""
+        return supports(features, shape, like)
+
+    def network_step(
+        self, step: Step, prepared: Prepared, grads: Params, params: Params, state: State, *, in_place: bool = False
+    ) -> tuple[Params, dict[str, Slots]] | None:
+        """See `metaopt_kernels.network_step.fused_step`."""
+        return fused_step(step, prepared, grads, params, state, in_place=in_place)
+
+    def dense_gradients(
+        self, network: DenseNetwork, params: Params, inputs: Tensor, target: Tensor
+    ) -> tuple[Tensor, Params] | None:
+        """See `metaopt_kernels.dense.dense_gradients`."""
+        return dense_gradients(network, params, inputs, target)
+
+    def dense_unroll(
+        self,
+        network: DenseNetwork,
+        program: Program,
+        coefficients: Mapping[str, Tensor],
+        params: Params,
+        state: Mapping[str, Mapping[str, Tensor]],
+        inputs: Tensor,
+        target: Tensor,
+        indices: Tensor,
+    ) -> tuple[Tensor, Params, State, Tensor] | None:
+        """See `metaopt_kernels.dense_unroll.dense_unroll`."""
+        return dense_unroll(network, program, coefficients, params, state, inputs, target, indices)
