@@ -112,7 +112,8 @@ def tests(device: str, environment: dict[str, str], directory: Path) -> dict[str
 def benchmark(name: str, device: str, small: bool, environment: dict[str, str]) -> dict[str, Any]:
     """The rows of one script."""
     command = [sys.executable, str(HERE / f"{name}.py"), "--device", device, *(["--small"] if small else [])]
-    done = run(command, BENCHMARKS[name], environment)
+    limit = BENCHMARKS[name] * (10 if small else 1)  # small: does it run at all, on whatever machine, however busy
+    done = run(command, limit, environment)
     rows = []
     for line in done.stdout.splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # cut short within a line
