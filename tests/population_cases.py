@@ -10,7 +10,7 @@ from random_programs import SCALARS, every_form
 from rule_strategies import ELEMENTWISE
 from torch import Tensor
 
-from metaopt.program import Program, evaluate
+from metaopt.program import Program, Statement, evaluate
 from metaopt.program.population import Population, encode
 from metaopt.rule import ElementwiseRule, flat_hp
 from metaopt.space import hyper, learning_rate
@@ -44,7 +44,9 @@ RULES: dict[str, ElementwiseRule] = {
 def every_statement() -> list[Program]:
     """Each operation on each kind of argument, as a program that gives its value to the parameter."""
     whole = every_form()
-    return [Program(whole.scalars, ("param", "grad"), whole.statements, (s.target,)) for s in whole.statements]
+    number = Statement("on_a_number", "where", ("param", "grad", 2.0))
+    statements = (*whole.statements, number)
+    return [Program(whole.scalars, ("param", "grad"), statements, (s.target,)) for s in statements]
 
 
 def after(

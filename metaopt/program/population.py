@@ -178,8 +178,9 @@ def _assemble(
             return registers[arg]
         if isinstance(arg, str):
             return ~numbers[arg]
-        literals.setdefault(arg.hex(), arg)  # by their text: 0.0 == -0.0, and nan != nan
-        return ~(first_literal + list(literals).index(arg.hex()))
+        key = float(arg).hex()  # 0.0 == -0.0, and nan != nan
+        literals.setdefault(key, arg)
+        return ~(first_literal + list(literals).index(key))
 
     instructions = []
     for k, s in enumerate(statements):
