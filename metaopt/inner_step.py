@@ -155,8 +155,10 @@ class InnerStep:
 
 
 def is_elementwise(rule: UpdateRule) -> TypeGuard[ElementwiseRule]:
-    """Whether all that a step does is in the rule's program."""
-    return isinstance(rule, ElementwiseRule) and type(rule).update is ElementwiseRule.update
+    """Whether all that a step does is in the rule's program, and that is elementwise throughout."""
+    if not isinstance(rule, ElementwiseRule) or type(rule).update is not ElementwiseRule.update:
+        return False
+    return rule.program.reach == "element"
 
 
 def with_finite(loss: Tensor, params: Params, state: State, buffers: Params) -> Any:

@@ -335,7 +335,8 @@ class ElementwiseRule(TensorRule):
 
     Write `elementwise` with operators and ``torch.sqrt, sign, abs, exp, log, tanh, maximum, minimum, where, ...`` only:
     no shapes, no in-place, no branch on tensor values, no ``self.lr`` (hyperparameters are arguments; options may be
-    read from ``self``). ``slots`` names the state tensors, which start at zero unless `init_slot` says otherwise.
+    read from ``self``). Of a whole tensor there are ``x.norm()`` and ``x.mean()``: a rule that uses them steps tensor by
+    tensor, without kernels. ``slots`` names the state tensors, which start at zero unless `init_slot` says otherwise.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
@@ -379,9 +380,13 @@ class ElementwiseRule(TensorRule):
     def update(
         self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
     ) -> tuple[Params, State]:
-        """As `TensorRule.update`; where all tensors share hyperparameters and step count they run as one flat tensor."""
+        """As `TensorRule.update`; where all tensors share hyperparameters and step count they run as one flat tensor.
+
+        Not so with norms or means of a tensor.
+        """
         dtypes = {param.dtype for param in params.values()}
-        if ctx.step is None or isinstance(hp, PerParameter) or len(dtypes) > 1 or len(params) < 2:
+        apart = isinstance(hp, PerParameter) or len(dtypes) > 1 or len(params) < 2 or self.program.reach != "element"
+        if ctx.step is None or apart:
             return super().update(grads, state, params, hp, ctx)
         flat = {"param": _concat(params), "grad": _concat({name: grads[name] for name in params})}
         slots = {slot: _concat({name: state[name][slot] for name in params}) for slot in self.slots}

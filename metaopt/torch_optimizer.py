@@ -371,7 +371,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             return None
         if isinstance(rule, BoundRule) and isinstance(rule.learned, PerParameterRule):
             return NetworkExecutor(rule, self.execution)
-        return Executor(rule.program, self.execution) if isinstance(rule, ElementwiseRule) else None
+        if isinstance(rule, ElementwiseRule) and rule.program.reach == "element":
+            return Executor(rule.program, self.execution)
+        return None
 
     def _step_alike(self, work: list[Work], foreign: set[str], closure: Callable[[], Any] | None, loss: Any) -> None:
         """Step groups that share their options."""

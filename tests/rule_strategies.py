@@ -106,7 +106,9 @@ COUPLED_WRAPPERS: dict[str, UpdateRule] = {
 
 BY_TENSOR = {**REGISTERED, **USERS, **LEARNED, **UNCOUPLED_WRAPPERS}
 RULES = {**BY_TENSOR, **COUPLED_WRAPPERS}
-ELEMENTWISE = {name: rule for name, rule in RULES.items() if isinstance(rule, ElementwiseRule)}
+ELEMENTWISE = {
+    name: rule for name, rule in RULES.items() if isinstance(rule, ElementwiseRule) and rule.program.reach == "element"
+}
 OTHERS = {name: rule for name, rule in RULES.items() if name not in ELEMENTWISE}
 
 # -- their inputs ------------------------------------------------------------------------------------------------------

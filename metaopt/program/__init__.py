@@ -3,16 +3,18 @@
 from metaopt.program.build import compiler
 from metaopt.program.cpp import CppStep, compile_cpp, cpp_source
 from metaopt.program.inplace import compile_in_place, in_place_source
-from metaopt.program.ops import OPS, Op
-from metaopt.program.program import Program, Statement, evaluate
+from metaopt.program.ops import OPS, REDUCTIONS, Op, Reduction
+from metaopt.program.program import Program, Statement, evaluate, evaluate_tree
 from metaopt.program.source import python_source
 from metaopt.program.trace import TraceError, trace, where
 
 __all__ = [
     "OPS",
+    "REDUCTIONS",
     "CppStep",
     "Op",
     "Program",
+    "Reduction",
     "Statement",
     "TraceError",
     "compile_cpp",
@@ -20,6 +22,7 @@ __all__ = [
     "compiler",
     "cpp_source",
     "evaluate",
+    "evaluate_tree",
     "in_place_source",
     "python_source",
     "trace",

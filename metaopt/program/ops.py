@@ -1,4 +1,7 @@
-"""The closed set of operations of the expression language, with every form that one of them takes."""
+"""The closed set of operations of the expression language, with every form that one of them takes.
+
+`OPS` act element by element; `REDUCTIONS` make one number of a tensor, or of all tensors of a tree.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -143,3 +146,42 @@ OPS: dict[str, Op] = {
     )
 }
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One number of many: ``finish(sum of part(x) over all elements, how many there are)``.
+
+    Attributes:
+        name: its name in programs.
+        over: of each tensor by itself, or of all tensors of the tree together.
+        part: what is summed, element by element, differentiable.
+        finish: of the sum (0-d) and the number of elements; differentiable, zero-safe.
+        python: format string of readable Python on one tensor; empty for reductions over the tree.
+    """
+
+    name: str
+    over: Literal["tensor", "tree"]
+    part: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor, int], Tensor]
+    python: str = ""
+
+
+def _square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    reduction.name: reduction
+    for reduction in (
+        Reduction("mean", "tensor", _same, lambda total, count: total / count, "{0}.mean()"),
+        Reduction("norm", "tensor", _square, lambda total, count: _safe_sqrt(total), "torch.linalg.vector_norm({0})"),
+        Reduction("global_sum", "tree", _same, lambda total, count: total),
+        Reduction("global_norm", "tree", _square, lambda total, count: _safe_sqrt(total)),
+    )
+}
+"""Of element values only: a number has no elements to be summed."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from metaopt.program.ops import OPS
+from metaopt.program.ops import OPS, REDUCTIONS
 
 Arg = str | float
 """The name of an input or an earlier statement, or a constant."""
@@ -37,7 +37,8 @@ class Program:
         outputs: what the parameter and each slot become, in the order ``param, *slots``.
 
     Raises:
-        ValueError: an unknown op, a wrong number of arguments, or a name used before it is assigned.
+        ValueError: an unknown op, a wrong number of arguments, a name used before it is assigned, or a reduction of what is
+            no tensor.
     """
 
     scalars: tuple[str, ...]
@@ -48,10 +49,11 @@ class Program:
     def __post_init__(self) -> None:
         known = set(self.scalars) | set(self.tensors)
         for s in self.statements:
-            if s.op not in OPS:
-                raise ValueError(f"unknown operation {s.op!r}; the language has {', '.join(OPS)}")
-            if len(s.args) != OPS[s.op].arity:
-                raise ValueError(f"{s.op} takes {OPS[s.op].arity} arguments, got {len(s.args)} in {s.target}")
+            if s.op not in OPS and s.op not in REDUCTIONS:
+                raise ValueError(f"unknown operation {s.op!r}; the language has {', '.join([*OPS, *REDUCTIONS])}")
+            arity = OPS[s.op].arity if s.op in OPS else 1
+            if len(s.args) != arity:
+                raise ValueError(f"{s.op} takes {arity} arguments, got {len(s.args)} in {s.target}")
             if not s.target.isidentifier() or s.target in known:
                 raise ValueError(f"{s.target!r} must be a new identifier; every statement assigns a name once")
             self._require(known, s.args)
@@ -61,6 +63,9 @@ class Program:
                 f"a program over {self.tensors} has {len(self.tensors) - 1} outputs, got {len(self.outputs)}"
             )
         self._require(known, self.outputs)
+        for s in self.statements:
+            if s.op in REDUCTIONS and s.args[0] not in self.element_names:
+                raise ValueError(f"{s.op} in {s.target} reduces {s.args[0]!r}, which has one value per tensor already")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Program, (self.scalars, self.tensors, self.statements, self.outputs))  # not what was cached
@@ -76,9 +81,24 @@ class Program:
         """Everything that is one number for a whole tensor: computed once per step, outside every kernel."""
         names = set(self.scalars)
         for s in self.statements:
-            if all(not isinstance(arg, str) or arg in names for arg in s.args):
+            if s.op in OPS and all(not isinstance(arg, str) or arg in names for arg in s.args):
                 names.add(s.target)
         return frozenset(names)
+
+    @cached_property
+    def element_names(self) -> frozenset[str]:
+        """Everything that has a value per element of a tensor; what is neither this nor scalar has one per tensor."""
+        names = set(self.tensors)
+        for s in self.statements:
+            if s.op not in REDUCTIONS and not names.isdisjoint(s.args):
+                names.add(s.target)
+        return frozenset(names)
+
+    @cached_property
+    def reach(self) -> Literal["element", "tensor", "tree"]:
+        """How far the new value of an element looks: at its own values, at all of its tensor, or at all tensors."""
+        over = {REDUCTIONS[s.op].over for s in self.statements if s.op in REDUCTIONS}
+        return "tree" if "tree" in over else "tensor" if over else "element"
 
     @cached_property
     def prelude(self) -> tuple[Statement, ...]:
@@ -87,7 +107,7 @@ class Program:
 
     @cached_property
     def kernel(self) -> tuple[Statement, ...]:
-        """The elementwise statements."""
+        """The statements on tensors."""
         return tuple(s for s in self.statements if s.target not in self.scalar_names)
 
     @cached_property
@@ -145,16 +165,52 @@ def evaluate(program: Program, tensors: Mapping[str, Tensor], scalars: Mapping[s
     Returns:
         The new parameter and slots, in the tensors' dtype.
     """
-    dtype = tensors["param"].dtype
-    values: dict[str, Any] = {name: tensors[name] for name in program.tensors}
-    for name, value in program.scalar_values(scalars).items():
-        values[name] = value.to(dtype) if isinstance(value, Tensor) else value
+    return evaluate_tree(program, [tensors], scalars)[0]
+
+
+def evaluate_tree(
+    program: Program, tree: Sequence[Mapping[str, Tensor]], scalars: Mapping[str, Any]
+) -> list[list[Tensor]]:
+    """As `evaluate`, on all parameters of a tree: reductions over the tree see them together.
+
+    Args:
+        program: what to run.
+        tree: per parameter one tensor per name in ``program.tensors``; all of one floating dtype.
+        scalars: a float or 0-d tensor per name in ``program.scalars``.
+
+    Returns:
+        Per parameter the new parameter and slots.
+    """
+    dtype = tree[0]["param"].dtype
+    numbers = {
+        name: value.to(dtype) if isinstance(value, Tensor) else value
+        for name, value in program.scalar_values(scalars).items()
+    }
+    leaves: list[dict[str, Any]] = [{name: leaf[name] for name in program.tensors} | numbers for leaf in tree]
     for s in program.kernel:
-        args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
-        value = OPS[s.op].plain(*_operands(s.op, args, dtype))
-        values[s.target] = value.to(dtype) if s.op == "where" else value
-    like = tensors["param"]
-    return [_as_tensor(values[out] if isinstance(out, str) else out, like) for out in program.outputs]
+        if s.op in REDUCTIONS:
+            reduced = _reduce(s, leaves)
+            for values, number in zip(leaves, reduced, strict=True):
+                values[s.target] = number
+            continue
+        for values in leaves:
+            args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
+            value = OPS[s.op].plain(*_operands(s.op, args, dtype))
+            values[s.target] = value.to(dtype) if s.op == "where" else value
+    return [
+        [_as_tensor(values[out] if isinstance(out, str) else out, values["param"]) for out in program.outputs]
+        for values in leaves
+    ]
+
+
+def _reduce(s: Statement, leaves: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The number that each tensor of the tree gets."""
+    reduction, dtype = REDUCTIONS[s.op], leaves[0]["param"].dtype
+    columns = [values[str(s.args[0])].to(dtype) for values in leaves]
+    sums, counts = [reduction.part(column).sum() for column in columns], [column.numel() for column in columns]
+    if reduction.over == "tree":
+        sums, counts = [sum(sums[1:], sums[0])] * len(sums), [sum(counts)] * len(counts)
+    return [reduction.finish(total, count) for total, count in zip(sums, counts, strict=True)]
 
 
 def _operands(op: str, args: list[Any], dtype: torch.dtype) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-from metaopt.program.ops import OPS
+from metaopt.program.ops import OPS, REDUCTIONS
 from metaopt.program.program import Arg, Program, Statement
 
 
@@ -91,6 +91,8 @@ class _Writer:
         """An output that shares no memory with the inputs."""
         if self.is_scalar(out):
             return f"torch.full_like(param, {self.text(out, 0)})"
+        if out not in self.program.element_names:
+            return f"torch.zeros_like(param) + {self.number(out, 6)}"
         return f"{out}.clone()" if out in self.program.tensors else self.number(out, 0)
 
     def is_scalar(self, arg: Arg) -> bool:
@@ -103,6 +105,9 @@ class _Writer:
     def expression(self, s: Statement) -> tuple[str, int]:
         """Text and precedence of a statement's right side."""
         scalar = self.is_scalar(s.target) if self.scalar is None else self.scalar
+        if s.op in REDUCTIONS:
+            method = REDUCTIONS[s.op].python
+            return method.format(self.number(s.args[0], 9 if method.startswith("{0}") else 0)), 9
         op = OPS[s.op]
         if s.op == "where":
             return self.choice(s, scalar)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaopt.program.ops import OPS
+from metaopt.program.ops import OPS, REDUCTIONS
 from metaopt.program.program import Arg, Program, Statement
 from metaopt.rule import ElementwiseRule, flat_hp
 from metaopt.space import Hyper, declarations
@@ -23,7 +23,7 @@ _TORCH_NAMES = {
     "true_divide": "div", "pow": "pow", "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "sqrt": "sqrt",
     "sign": "sign", "exp": "exp", "log": "log", "tanh": "tanh", "maximum": "maximum", "minimum": "minimum",
     "where": "where", "gt": "gt", "greater": "gt", "lt": "lt", "less": "lt", "ge": "ge", "greater_equal": "ge",
-    "le": "le", "less_equal": "le",
+    "le": "le", "less_equal": "le", "mean": "mean", "norm": "norm", "linalg_vector_norm": "norm",
 }  # fmt: skip
 
 
@@ -133,6 +133,10 @@ class _Tracer:
                 f"{name} is not elementwise arithmetic; an elementwise rule may use {', '.join(sorted(set(_TORCH_NAMES)))}"
             )
         op = _TORCH_NAMES[name]
+        if op in REDUCTIONS and len(args) != 1:
+            raise TraceError(
+                f"{name} takes the whole tensor and no further arguments, so that it fits tensors of any shape"
+            )
         if "alpha" in kwargs:
             return self.emit(op, args[0], self.emit("mul", kwargs["alpha"], args[1]))
         return self.emit(op, *args)

@@ -139,3 +139,73 @@ class AMSGrad(ElementwiseRule):
         max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
         denominator = torch.sqrt(max_exp_avg_sq) * correction + eps
         return param - exp_avg * step_size / denominator, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+class AdaBelief(ElementwiseRule):
+    r"""Adam that measures how far gradients are from their mean, with decoupled weight decay.
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad
+            s \leftarrow \beta_2 s + (1 - \beta_2)\, (g - m)^2 + \epsilon \\
+        p &\leftarrow (1 - \eta \lambda)\, p - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{s / (1 - \beta_2^t)} + \epsilon}
+
+    Zhuang et al., 2020 (https://arxiv.org/abs/2010.07468).
+    """
+
+    lr: float = learning_rate(1e-3, search=(1e-4, 1e-1))
+    betas: tuple[float, float] = hyper((0.9, 0.999), **_BETAS)
+    eps: float = hyper(1e-16, **{**_EPS, "search": (1e-16, 1e-8), "doc": "added to the variance and to its root"})
+    weight_decay: float = hyper(0.0, 0.0, scale="log", search=(1e-4, 1.0), doc="decoupled, times lr")
+    slots = ("exp_avg", "exp_avg_var")
+
+    def coefficients(self, hp: HyperValues, t: Any) -> dict[str, Any]:
+        """Bias corrections and decay; see the class."""
+        return {**_adam_coefficients(hp, t), "decay": 1 - hp["lr"] * hp["weight_decay"]}
+
+    def elementwise(
+        self, param: Any, grad: Any, exp_avg: Any, exp_avg_var: Any, beta1: Any, beta2: Any, step_size: Any,
+        correction: Any, eps: Any, decay: Any,
+    ) -> Any:  # fmt: skip
+        """See the class."""
+        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+        surprise = grad - exp_avg
+        exp_avg_var = beta2 * exp_avg_var + surprise * surprise * (1 - beta2) + eps
+        denominator = torch.sqrt(exp_avg_var) * correction + eps
+        return param * decay - exp_avg * step_size / denominator, exp_avg, exp_avg_var
+
+
+class LAMB(ElementwiseRule):
+    r"""AdamW's direction, of every tensor scaled to the length of its parameter.
+
+    .. math::
+        u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} + \lambda\, p, \qquad
+        p \leftarrow p - \eta\, \frac{\lVert p \rVert}{\lVert u \rVert}\, u
+
+    with the ratio 1 where either norm is 0. You et al., 2020 (https://arxiv.org/abs/1904.00962), version 5.
+    """
+
+    lr: float = learning_rate(1e-3, search=(1e-4, 1e-1))
+    betas: tuple[float, float] = hyper((0.9, 0.999), **_BETAS)
+    eps: float = hyper(1e-6, **_EPS)
+    weight_decay: float = hyper(0.0, 0.0, scale="log", search=(1e-4, 1.0), doc="decoupled, before the ratio")
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def coefficients(self, hp: HyperValues, t: Any) -> dict[str, Any]:
+        """Bias corrections; see the class."""
+        beta1, beta2 = hp["betas"]
+        return {
+            "beta1": beta1, "beta2": beta2, "first": 1 / (1 - beta1**t), "correction": (1 - beta2**t) ** -0.5,
+            "lr": hp["lr"], "eps": hp["eps"], "weight_decay": hp["weight_decay"],
+        }  # fmt: skip
+
+    def elementwise(
+        self, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, beta2: Any, first: Any,
+        correction: Any, lr: Any, eps: Any, weight_decay: Any,
+    ) -> Any:  # fmt: skip
+        """See the class."""
+        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+        exp_avg_sq = beta2 * exp_avg_sq + grad * grad * (1 - beta2)
+        update = exp_avg * first / (torch.sqrt(exp_avg_sq) * correction + eps) + weight_decay * param
+        param_norm, update_norm = param.norm(), update.norm()
+        ratio = torch.where(torch.minimum(param_norm, update_norm) > 0, param_norm / update_norm, 1.0)
+        return param - lr * ratio * update, exp_avg, exp_avg_sq

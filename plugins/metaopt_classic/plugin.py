@@ -41,6 +41,22 @@ def metaopt_optimizers() -> list[Spec]:
             ("elementwise", "adaptive"), "Reddi, Kale and Kumar, 2018, https://arxiv.org/abs/1904.09237",
         ),
         Spec(
+            "adabelief", "metaopt_classic.adam:AdaBelief",
+            "Adam on the variance of gradients around their mean",
+            ("elementwise", "adaptive"), "Zhuang et al., 2020, https://arxiv.org/abs/2010.07468",
+        ),
+        Spec(
+            "lamb", "metaopt_classic.adam:LAMB",
+            "AdamW's direction, each tensor's scaled to its parameter's norm",
+            ("adaptive", "layerwise"), "You et al., 2020, https://arxiv.org/abs/1904.00962",
+        ),
+        Spec(
+            "rmsprop", "metaopt_classic.rmsprop:RMSprop",
+            "gradients over the root of their second moment",
+            ("elementwise", "adaptive"),
+            "Tieleman and Hinton, 2012, https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf",
+        ),
+        Spec(
             "lion", "metaopt_classic.lion:Lion",
             "sign of an interpolated momentum, decoupled weight decay",
             ("elementwise", "sign"), "Chen et al., 2023, https://arxiv.org/abs/2302.06675",

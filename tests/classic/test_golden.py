@@ -10,9 +10,10 @@ from golden_vectors import assert_trajectory_close, load, under
 
 from metaopt.rule import Context, UpdateRule, infer_info
 from metaopt_classic.adafactor import Adafactor
-from metaopt_classic.adam import Adam, AdamW, AMSGrad
+from metaopt_classic.adam import LAMB, AdaBelief, Adam, AdamW, AMSGrad
 from metaopt_classic.lion import Lion
 from metaopt_classic.muon import Muon
+from metaopt_classic.rmsprop import RMSprop
 from metaopt_classic.sgd import SGD
 
 MATRICES = ("t0_w0", "t2_w1", "t6_square")
@@ -41,6 +42,11 @@ def _optax_muon(given: dict[str, Any]) -> Muon:
     )  # fmt: skip
 
 
+def _lamb(given: dict[str, Any]) -> LAMB:
+    betas = given["b1"], given["b2"]
+    return LAMB(lr=given["learning_rate"], betas=betas, eps=given["eps"], weight_decay=given["weight_decay"])
+
+
 def _plain(cls: type[UpdateRule], *keys: str) -> Any:
     return lambda given: cls(**{key: given[key] for key in keys})
 
@@ -56,6 +62,11 @@ CASES = [
     ("classic_adamw", "nondefault", _plain(AdamW, *ADAM_KEYS), TIGHT),
     ("classic_amsgrad", "adam_amsgrad", _amsgrad, TIGHT),
     ("classic_amsgrad", "adamw_amsgrad", _amsgrad, TIGHT),
+    ("classic_adabelief", "default", _plain(AdaBelief, *ADAM_KEYS), TIGHT),
+    ("classic_adabelief", "nondefault", _plain(AdaBelief, *ADAM_KEYS), TIGHT),
+    ("classic_lamb", "default", _lamb, TIGHT),
+    ("classic_lamb", "nondefault", _lamb, TIGHT),
+    ("classic_rmsprop", "default", _plain(RMSprop, "lr", "alpha", "eps", "weight_decay"), TIGHT),
     ("classic_lion", "default", _plain(Lion, "lr", "betas", "weight_decay"), TIGHT),
     ("classic_lion", "nondefault", _plain(Lion, "lr", "betas", "weight_decay"), TIGHT),
     ("classic_adafactor", "default", _adafactor, TIGHT),

@@ -71,7 +71,8 @@ def test_common_subexpressions_are_computed_once_and_dead_ones_never() -> None:
 @pytest.mark.parametrize(
     ("elementwise", "message"),
     [
-        (lambda self, param, grad, memory, **c: (param.mean(), memory), "mean is not elementwise arithmetic"),
+        (lambda self, param, grad, memory, **c: (param.mean(0), memory), "mean takes the whole tensor"),
+        (lambda self, param, grad, memory, **c: (param.cumsum(0), memory), "cumsum is not elementwise arithmetic"),
         (lambda self, param, grad, memory, **c: (param if grad > 0 else grad, memory), "write torch.where"),
         (lambda self, param, grad, memory, **c: (param - self.lr * grad, memory), "take lr as an argument"),
         (lambda self, param, grad, memory, **c: param, r"must return \(new_param, new_memory\), got 1 values"),
