@@ -1,0 +1,1 @@
+"""Symbolic discovery: search over programs that are optimizers."""

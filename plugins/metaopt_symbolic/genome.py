@@ -1,0 +1,322 @@
+"""A candidate of the search, as text, JSON or a `Program`: assignments to variables, which may be assigned again."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import keyword
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from metaopt.program.program import Arg, Program, Statement
+from metaopt.program.trace import without_dead
+from metaopt.rule import ElementwiseRule, flat_hp
+from metaopt_symbolic.language import FUNCTIONS, OF_OPERATION
+
+
+class GenomeError(ValueError):
+    """A text, JSON or list of assignments that is no program of the search language."""
+
+
+class Assign(NamedTuple):
+    """``target = function(*args)``; an argument is a variable's name or a number."""
+
+    target: str
+    function: str
+    args: tuple[Arg, ...]
+
+
+@dataclass(frozen=True)
+class Genome:
+    """A program of the search.
+
+    Redundant assignments are part of it, as stepping stones. Every input may be assigned, and what a later assignment reads is
+    the latest value.
+
+    Attributes:
+        tensors: variables that hold a tensor at the start: of an optimizer ``("w", "g", *slots)``.
+        scalars: variables that hold a number at the start: of an optimizer ``("lr",)`` or ``("lr", "t")``.
+        outputs: variables whose last values are the result: of an optimizer ``("update", *slots)``.
+        body: the assignments.
+
+    Raises:
+        GenomeError: an unknown function, a wrong number of arguments, a variable that is read before it is assigned, a name
+            that is none.
+    """
+
+    tensors: tuple[str, ...]
+    scalars: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: tuple[Assign, ...]
+
+    def __post_init__(self) -> None:
+        known = {*self.tensors, *self.scalars}
+        for name in [*self.tensors, *self.scalars, *self.outputs, *(a.target for a in self.body)]:
+            if not name.isidentifier() or keyword.iskeyword(name) or name in FUNCTIONS:
+                raise GenomeError(
+                    f"{name!r} cannot name a variable; use an identifier that is no keyword and no function"
+                )
+        for k, (target, function, args) in enumerate(self.body):
+            if function not in FUNCTIONS:
+                raise GenomeError(f"line {k + 1}: there is no function {function!r}; there are {', '.join(FUNCTIONS)}")
+            if len(args) != FUNCTIONS[function].arity:
+                raise GenomeError(
+                    f"line {k + 1}: {function} takes {FUNCTIONS[function].arity} arguments, got {len(args)}"
+                )
+            for arg in args:
+                if isinstance(arg, str) and arg not in known:
+                    raise GenomeError(f"line {k + 1}: {arg!r} is read before it is assigned")
+            known.add(target)
+        for name in self.outputs:
+            if name not in known:
+                raise GenomeError(f"the output {name!r} is never assigned")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The state of an optimizer."""
+        return self.tensors[2:]
+
+    # -- text and JSON ---------------------------------------------------------------------------------------------
+
+    def text(self, name: str = "train") -> str:
+        """Python that `parse` reads back."""
+        lines = [f"def {name}({', '.join([*self.tensors, *self.scalars])}):"]
+        lines += [f"    {target} = {function}({', '.join(map(_text, args))})" for target, function, args in self.body]
+        return "\n".join([*lines, f"    return {', '.join(self.outputs)}", ""])
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads back; numbers that JSON has not are text."""
+        body = [[target, function, [_to_json(arg) for arg in args]] for target, function, args in self.body]
+        return {
+            "tensors": [*self.tensors], "scalars": [*self.scalars], "outputs": [*self.outputs], "body": body
+        }  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits, the same for equal genomes on every machine."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+    # -- as a program ----------------------------------------------------------------------------------------------
+
+    def program(self) -> Program:
+        """The rule ``param <- param - update`` as the engine's single-assignment `Program`, without dead statements.
+
+        Raises:
+            GenomeError: an output that has no value per element.
+        """
+        statements: list[Statement] = []
+        made: dict[tuple[str, tuple[Arg, ...]], str] = {}
+        named = {"w": "param", "g": "grad"}
+        values: dict[str, Arg] = {name: named.get(name, name) for name in (*self.tensors, *self.scalars)}
+        inputs = {str(value) for value in values.values()}
+
+        def emit(op: str, *args: Arg) -> Arg:
+            key = op, args
+            if key not in made:
+                target = f"v{len(statements)}"
+                while target in inputs:
+                    target += "_"
+                statements.append(Statement(target, op, args))
+                made[key] = target
+            return made[key]
+
+        try:
+            for target, function, args in self.body:
+                values[target] = FUNCTIONS[function].expand(
+                    emit, *(values[arg] if isinstance(arg, str) else float(arg) for arg in args)
+                )
+            outputs = (emit("sub", "param", values[self.outputs[0]]), *(values[name] for name in self.outputs[1:]))
+            tensors = tuple(str(named.get(name, name)) for name in self.tensors)
+            program = Program(self.scalars, tensors, tuple(statements), outputs)
+        except ValueError as error:
+            raise GenomeError(str(error)) from error
+        for name in self.outputs:
+            if values[name] not in program.element_names:
+                raise GenomeError(f"the output {name!r} has no value for each element; it must depend on a tensor")
+        return without_dead(program)
+
+
+def parse(text: str) -> Genome:
+    """Read the text of `Genome.text`; nothing of it is executed.
+
+    State is what the function returns beside its first value. Scalars are the arguments that are neither the first two nor
+    returned.
+
+    Raises:
+        GenomeError: anything else than assignments of calls to variables, and one return.
+    """
+    if len(text) > 100_000:
+        raise GenomeError(f"a program's text may have 100000 characters, got {len(text)}")
+    try:
+        (function,) = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise GenomeError(f"not one Python function: {error}") from None
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        raise GenomeError("the text must be one function, without decorators")
+    a = function.args
+    if a.defaults or a.kw_defaults or a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs:
+        raise GenomeError("the function must have plain arguments, without defaults or stars")
+    inputs = [arg.arg for arg in a.args]
+    *lines, last = function.body
+    if lines and isinstance(lines[0], ast.Expr) and isinstance(lines[0].value, ast.Constant):
+        lines = lines[1:]  # a docstring
+    if not isinstance(last, ast.Return) or last.value is None:
+        raise GenomeError("the function must end with a return")
+    returned = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+    outputs = tuple(_name(node) for node in returned)
+    tensors = tuple(inputs[:2] + [name for name in inputs[2:] if name in outputs[1:]])
+    scalars = tuple(name for name in inputs if name not in tensors)
+    return Genome(tensors, scalars, outputs, tuple(_assignment(line) for line in lines))
+
+
+def _assignment(line: ast.stmt) -> Assign:
+    if not isinstance(line, ast.Assign) or len(line.targets) != 1 or not isinstance(line.value, ast.Call):
+        raise GenomeError(f"{ast.unparse(line)[:60]!r} is no assignment of a call; write x = add(y, 1.0)")
+    if line.value.keywords:
+        raise GenomeError(f"{ast.unparse(line)[:60]!r}: arguments have no names")
+    args = tuple(_argument(node) for node in line.value.args)
+    return Assign(_name(line.targets[0]), _name(line.value.func), args)
+
+
+def _name(node: ast.AST) -> str:
+    if not isinstance(node, ast.Name):
+        raise GenomeError(f"{ast.unparse(node)[:60]!r} must be a plain name")
+    return node.id
+
+
+def _argument(node: ast.expr) -> Arg:
+    sign = 1.0
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        sign, node = -1.0, node.operand
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
+        return sign * float(node.value)
+    name = _name(node)
+    if name in ("inf", "nan"):
+        return sign * float(name)
+    if sign < 0:
+        raise GenomeError(f"-{name} must be negative({name})")
+    return name
+
+
+def _text(arg: Arg) -> str:
+    return arg if isinstance(arg, str) else repr(float(arg))
+
+
+def _to_json(arg: Arg) -> Any:
+    return {"number": repr(arg)} if isinstance(arg, float) and not math.isfinite(arg) else arg
+
+
+def from_json(data: Mapping[str, Any]) -> Genome:
+    """Read what `Genome.to_json` wrote.
+
+    Raises:
+        GenomeError: data of another form.
+    """
+    try:
+        body = tuple(
+            Assign(
+                str(target),
+                str(function),
+                tuple(
+                    arg if isinstance(arg, str) else float(arg["number"] if isinstance(arg, dict) else arg)
+                    for arg in args
+                ),
+            )
+            for target, function, args in data["body"]
+        )
+        names = {key: tuple(map(str, data[key])) for key in ("tensors", "scalars", "outputs")}
+    except (TypeError, KeyError, ValueError) as error:
+        raise GenomeError(f"not a program in JSON: {error!r}") from None
+    return Genome(**names, body=body)
+
+
+def from_rule(rule: ElementwiseRule) -> Genome:
+    """The program of a traced rule: its learning rate is ``lr`` times its value, its other hyperparameters are numbers.
+
+    Raises:
+        GenomeError: a slot that cannot be a variable.
+    """
+    program = rule.program
+    hp = flat_hp(rule.hp)
+    reserved = {"w", "g", "lr", "t", "update", "rate", *FUNCTIONS, *program.tensors}
+    names: dict[str, str] = {"param": "w", "grad": "g", **{slot: slot for slot in program.tensors[2:]}, "t": "t"}
+    values: dict[str, Arg] = {name: float(value) for name, value in hp.items() if name != "lr"}
+    body = []
+    if "lr" in hp:
+        body.append(Assign("rate", "mul", ("lr", float(hp["lr"]))))
+        values["lr"] = "rate"
+    for k, s in enumerate(program.statements):
+        fits = s.target not in reserved and not keyword.iskeyword(s.target)
+        names[s.target] = s.target if fits else f"{s.target}_{k}"
+
+    def arg(value: Arg) -> Arg:
+        return values.get(value, names.get(value, value)) if isinstance(value, str) else value
+
+    body += [Assign(names[s.target], OF_OPERATION.get(s.op, s.op), tuple(map(arg, s.args))) for s in program.statements]
+    new_param, *new_slots = map(arg, program.outputs)
+    body.append(Assign("update", "sub", ("w", new_param)))
+    body += _parallel(program.tensors[2:], new_slots)
+    used = {read for a in body for read in a.args}
+    scalars = ("lr", "t") if "t" in used else ("lr",)
+    return Genome(("w", "g", *program.tensors[2:]), scalars, ("update", *program.tensors[2:]), tuple(body))
+
+
+def _parallel(slots: Sequence[str], values: Sequence[Arg]) -> list[Assign]:
+    """All slots take their values at once, so a value that is another slot is saved first."""
+    saved = {v: f"{v}_before" for v in values if isinstance(v, str) and v in slots}
+    moves = [Assign(name, "copy", (slot,)) for slot, name in saved.items() if slots.index(slot) != values.index(slot)]
+    kept = {move.args[0]: move.target for move in moves}
+    for slot, value in zip(slots, values, strict=True):
+        if value != slot:
+            moves.append(Assign(slot, "copy", (kept.get(value, value) if isinstance(value, str) else value,)))
+    return moves
+
+
+SEEDS: dict[str, str] = {
+    # the paper's Program 3: AdamW without bias correction and epsilon
+    "adamw": """\
+def train(w, g, m, v, lr):
+    g2 = square(g)
+    m = interpolate(g, m, 0.9)
+    v = interpolate(g2, v, 0.999)
+    root = sqrt(v)
+    update = div(m, root)
+    decay = mul(w, 0.01)
+    update = add(update, decay)
+    lr = mul(lr, 0.001)
+    update = mul(update, lr)
+    return update, m, v
+""",
+    "lion": """\
+def train(w, g, m, lr):
+    mixed = interpolate(g, m, 0.9)
+    update = sign(mixed)
+    m = interpolate(g, m, 0.99)
+    decay = mul(w, 0.1)
+    update = add(update, decay)
+    lr = mul(lr, 0.0001)
+    update = mul(update, lr)
+    return update, m
+""",
+    "rmsprop": """\
+def train(w, g, v, lr):
+    g2 = square(g)
+    v = interpolate(g2, v, 0.99)
+    root = sqrt(v)
+    update = div(g, root)
+    lr = mul(lr, 0.001)
+    update = mul(update, lr)
+    return update, v
+""",
+    "momentum": """\
+def train(w, g, m, lr):
+    m = interpolate(g, m, 0.9)
+    lr = mul(lr, 0.1)
+    update = mul(m, lr)
+    return update, m
+""",
+}
+"""Programs to start from, by name; any registered `ElementwiseRule` is one too (`from_rule`)."""
