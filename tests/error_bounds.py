@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaopt.program import Program, Statement
 
-_HALF_ULPS = {"pow": 4, "exp": 4, "log": 4, "tanh": 8}
+_HALF_ULPS = {"pow": 4, "exp": 4, "log": 4, "tanh": 8, "sin": 4, "cos": 4, "atan": 4}
 _ARITHMETIC = 2
 """Two halves cover executions that round twice (a reciprocal and a product for a quotient)."""
 
@@ -109,6 +109,11 @@ def _monotone(function: Callable[[Tensor], Tensor]) -> Callable[[Bounded], Bound
     return apply
 
 
+def _steady(function: Callable[[Tensor], Tensor]) -> Callable[[Bounded], Bounded]:
+    """Of slopes in [-1, 1]."""
+    return lambda x: Bounded(function(x.value), x.error)
+
+
 def _sign(x: Bounded) -> Bounded:
     return Bounded(torch.sign(x.value), 2.0 * _doubtful(x.value, x.error))
 
@@ -137,6 +142,7 @@ def _where(condition: Bounded, x: Bounded, y: Bounded) -> Bounded:
 _INEXACT: dict[str, Callable[..., Bounded]] = {
     "add": _add, "sub": _sub, "mul": _mul, "div": _div, "pow": _pow, "sqrt": _monotone(torch.sqrt),
     "exp": _monotone(torch.exp), "log": _monotone(torch.log), "tanh": _monotone(torch.tanh),
+    "sin": _steady(torch.sin), "cos": _steady(torch.cos), "atan": _monotone(torch.atan),
 }  # fmt: skip
 _EXACT: dict[str, Callable[..., Bounded]] = {
     "neg": lambda x: Bounded(-x.value, x.error), "abs": lambda x: Bounded(x.value.abs(), x.error), "sign": _sign,

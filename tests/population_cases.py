@@ -10,12 +10,14 @@ from random_programs import SCALARS, every_form
 from rule_strategies import ELEMENTWISE
 from torch import Tensor
 
-from metaopt.program import Program, Statement, evaluate
+from metaopt.program import REDUCTIONS, Program, Statement, evaluate, evaluate_tree
 from metaopt.program.population import Population, encode
 from metaopt.rule import ElementwiseRule, flat_hp
 from metaopt.space import hyper, learning_rate
 
-Machine = Callable[[Population, Tensor], Callable[[Tensor, Tensor, Tensor, Tensor], None]]
+Machine = Callable[
+    [Population, Tensor, Sequence[int] | None], Callable[[Tensor, Tensor, Tensor, Tensor], None]
+]  # fmt: skip
 Tensors = Sequence[Tensor]
 """Of a run: parameter [P], gradient [P] and the slots of its program."""
 
@@ -50,26 +52,56 @@ def every_statement() -> list[Program]:
 
 
 def after(
-    machine: Machine, programs: Sequence[Program], before: Sequence[Tensors], device: torch.device
+    machine: Machine,
+    programs: Sequence[Program],
+    before: Sequence[Tensors],
+    device: torch.device,
+    sizes: Sequence[int] | None = None,
 ) -> list[list[Tensor]]:
-    """New parameter and slots of one run of each program, at `random_programs.SCALARS`."""
+    """New parameter and slots of one run of each program, at `random_programs.SCALARS`; ``sizes`` are those of tensors."""
     population = encode(programs)
     runs = torch.arange(len(programs), device=device)
     params, grads, slots = stacked(population, before, device)
     (numbers,) = population.numbers(runs, SCALARS, params.dtype)
-    machine(population, runs)(params, grads, slots, numbers)
+    machine(population, runs, sizes)(params, grads, slots, numbers)
     own = [len(program.tensors) - 2 for program in programs]
     assert all((slots[count:, k] == UNTOUCHED).all() for k, count in enumerate(own))
     return [[params[k].cpu(), *slots[:count, k].cpu()] for k, count in enumerate(own)]
 
 
 @torch.no_grad()
-def expected(programs: Sequence[Program], before: Sequence[Tensors]) -> list[list[Tensor]]:
-    """The same by `evaluate`."""
-    return [
-        evaluate(program, dict(zip(program.tensors, tensors, strict=True)), SCALARS)
-        for program, tensors in zip(programs, before, strict=True)
+def expected(
+    programs: Sequence[Program], before: Sequence[Tensors], sizes: Sequence[int] | None = None
+) -> list[list[Tensor]]:
+    """The same by `evaluate_tree`."""
+    found = []
+    for program, tensors in zip(programs, before, strict=True):
+        leaves = zip(*(tensor.split(list(sizes or [len(tensor)])) for tensor in tensors), strict=True)
+        tree = [dict(zip(program.tensors, leaf, strict=True)) for leaf in leaves]
+        found.append([torch.cat(parts) for parts in zip(*evaluate_tree(program, tree, SCALARS), strict=True)])
+    return found
+
+
+def every_reduction() -> list[Program]:
+    """Each reduction, then what a number of a tensor can be: a divisor, an output, an operand of another one's operand."""
+    alone = [
+        Program((), ("param", "grad", "first"), (Statement("r", op, ("grad",)),), ("r", "param")) for op in REDUCTIONS
     ]
+    statements = (
+        Statement("whole", "global_norm", ("grad",)),
+        Statement("direction", "div", ("grad", "whole")),
+        Statement("size", "norm", ("direction",)),
+        Statement("other", "mean", ("param",)),
+        Statement("ratio", "div", ("other", "size")),
+        Statement("moved", "mul", ("ratio", "direction")),
+        Statement("first_all", "global_sum", ("moved",)),
+        Statement("new", "sub", ("first", "first_all")),
+        Statement("compared", "gt", ("param", "other")),
+        Statement("chosen", "where", ("compared", "new", "grad")),
+        Statement("share", "mean", ("compared",)),
+    )
+    deep = Program((), ("param", "grad", "first", "second"), statements, ("chosen", "size", "share"))
+    return [*alone, deep]
 
 
 def stacked(population: Population, before: Sequence[Tensors], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +138,7 @@ def trained(
     ]
     params, _, slots = stacked(population, before, device)
     scalars = _scalars(runs, population.scalars, steps)
-    step = machine(population, programs)
+    step = machine(population, programs, None)
     for grads, numbers in zip(gradients, population.numbers(programs, scalars, dtype), strict=True):
         step(params, grads.to(device), slots, numbers)
     found, wanted = [], []

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metaopt.program import OPS, Program, Statement, evaluate
+from metaopt.program import OPS, REDUCTIONS, Program, Statement, evaluate
 
 SCALARS = {"c1": 0.5, "c2": -2.0, "c3": 1.0}
 
@@ -36,15 +36,27 @@ def smooth_programs(draw: st.DrawFn) -> Program:
 
 
 @st.composite
-def _programs(draw: st.DrawFn, ops: dict[str, int], constants: Sequence[float]) -> Program:
+def reducing_programs(draw: st.DrawFn) -> Program:
+    """Smooth programs with reductions, whose sums are of positive numbers only."""
+    return draw(_programs(SMOOTH, constants=(1.0, 0.3, 1.7), reductions=True))
+
+
+@st.composite
+def _programs(draw: st.DrawFn, ops: dict[str, int], constants: Sequence[float], reductions: bool = False) -> Program:
     tensors = ("param", "grad", *("first", "second")[: draw(st.integers(0, 2))])
     smooth = ops is SMOOTH
     scalars = ("c1", "c3") if smooth else ("c1", "c2", "c3")
     values: list[str | float] = [*tensors, *tensors, *scalars]
     statements: list[Statement] = []
     truths: list[str] = []
+    elements = [*tensors]
     multiplications = 0
     for k in range(draw(st.integers(0, 9))):
+        if reductions and draw(st.integers(0, 2)) == 0:
+            reduced = draw(st.sampled_from([*elements, *elements[-2:]]))
+            statements.append(Statement(f"v{k}", draw(st.sampled_from(sorted(REDUCTIONS))), (reduced,)))
+            values += [f"v{k}"] * 2
+            continue
         arithmetic = [op for op in ("add", "sub", "mul", "div") if op in ops]  # likelier: it is what gets folded
         allowed = [
             op for op in [*ops, *arithmetic * 2] if op != "mul" or smooth or multiplications < _MOST_MULTIPLICATIONS
@@ -62,6 +74,8 @@ def _programs(draw: st.DrawFn, ops: dict[str, int], constants: Sequence[float]) 
         target = f"v{k}"
         statements.append(Statement(target, op, tuple(args)))
         values.append(target)
+        if not set(args).isdisjoint(elements):
+            elements.append(target)
         if op in ("gt", "lt", "ge", "le"):
             truths.append(target)
     outputs = [draw(st.sampled_from([*values, *values[-3:], constants[0]])) for _ in range(len(tensors) - 1)]

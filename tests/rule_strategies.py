@@ -73,8 +73,8 @@ class WholeLanguage(ElementwiseRule):
             size = (scaled * param).square() ** 0.5
             scaled = scaled * torch.exp(-size) + torch.log(1 + size**power)
         step = torch.where(last * grad >= 0, torch.clamp(scaled, low, high), -0.5 * torch.sign(older))
-        pull = (abs(param) > 10.0) * (param - start) * 0.01
-        return param - rate * (step - (0.1 * scaled - pull) / (peak * 4.0)), grad, last, peak, start
+        pull = (abs(param) > 10.0) * torch.sin(param - start) * torch.cos(param) * 0.01
+        return param - rate * (step - (0.1 * torch.atan(scaled) - pull) / (peak * 4.0)), grad, last, peak, start
 
 
 def _learned(name: str) -> UpdateRule:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from measure import Row, attempt, print_rows, seconds
-from population import PROGRAMS, mutants, scalars, start
+from population import mutants, scalars, start
 
 from metaopt.program.population import PopulationStep, encode
 
-RUNS = 1024
+PROGRAMS, RUNS = 256, 1024
 
 
 def speed(device: torch.device, programs: int, runs: int, size: int, budget: float) -> Row:

@@ -18,9 +18,10 @@ import torch
 import triton
 from torch import Tensor
 
+from metaopt.program.encoding import OPERATIONS, require_programs
 from metaopt.program.inplace import COMPARISONS
 from metaopt.program.ops import OPS
-from metaopt.program.population import OPERATIONS, Population, require_programs
+from metaopt.program.population import Population
 from metaopt_kernels.aot import AotCase
 from metaopt_kernels.source import load_module
 from metaopt_kernels.statements import IMPORTS, indented
@@ -82,7 +83,7 @@ def triton_source(slots: int, registers: int) -> str:
     names = [f"r{k}" for k in range(registers)]
     inputs = 2 + slots
     arguments = ", ".join(names)
-    by_arity = [[op for op in OPERATIONS if OPS[op].arity == arity] for arity in (1, 2, 3)]
+    by_arity = [[op for op in OPERATIONS if op in OPS and OPS[op].arity == arity] for arity in (1, 2, 3)]
     unary, binary, ternary = (
         _branches("opcode", [[f"x = {_operation(op)}"] for op in ops], _first(ops)) for ops in by_arity
     )
@@ -145,19 +146,23 @@ def _deeper(lines: Sequence[str]) -> list[str]:
 
 
 class TritonPopulationStep:
-    """`metaopt.program.population.PopulationStep` in one launch, on the GPU that ``runs`` is on.
+    """`metaopt.program.population.PopulationStep` in one launch, on the GPU that ``runs`` is on; without reductions.
 
     Attributes:
         population: the programs.
         runs: int64 [R], the program of each run.
+        sizes: the elements of the tensors that lie side by side in each run's row; None for one tensor.
     """
 
-    def __init__(self, population: Population, runs: Tensor) -> None:
+    def __init__(self, population: Population, runs: Tensor, sizes: Sequence[int] | None = None) -> None:
         code = population.kernel
+        if bool((code.instructions[..., 0] >= len(OPS)).any()):
+            raise ValueError("this kernel runs programs without reductions; use PopulationStep")
         if runs.device.type != DEVICE:
             raise ValueError(f"runs must be on a {DEVICE} device, got {runs.device}; move them there")
         require_programs(code, runs)
         self.population = population
+        self.sizes = None if sizes is None else tuple(map(int, sizes))
         self.runs = runs.contiguous()
         self._code = [it.to(runs.device) for it in (code.instructions, code.lengths, code.outputs, code.counts)]
         self._kernel = _kernel(code.inputs - 2, code.registers)
@@ -174,7 +179,7 @@ class TritonPopulationStep:
         Raises:
             ValueError: tensors of other shapes, dtypes, devices or layouts.
         """
-        self.population.check(self.runs, params, grads, slots, numbers)
+        self.population.check(self.runs, self.sizes, params, grads, slots, numbers)
         tensors = {"params": params, "grads": grads, "slots": slots, "numbers": numbers}
         for name, tensor in tensors.items():
             if not tensor.is_contiguous() or tensor.dtype not in (torch.float32, torch.float64):

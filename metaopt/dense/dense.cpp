@@ -9,8 +9,6 @@
 #include <vector>
 
 #ifdef VECTORISED
-VECTORISED(sin)
-VECTORISED(cos)
 #if __GLIBC_PREREQ(2, 35)
 VECTORISED(erf)
 VECTORISED(expm1)

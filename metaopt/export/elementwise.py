@@ -25,6 +25,12 @@ GUARDS = {
     "exp": '''def _exp(x):
     """exp of a float; infinity where it overflows."""
     return math.exp(x) if x < 709.0 else math.inf''',
+    "sin": '''def _sin(x):
+    """The sine of a float; NaN of infinity."""
+    return math.sin(x) if math.isfinite(x) else math.nan''',
+    "cos": '''def _cos(x):
+    """The cosine of a float; NaN of infinity."""
+    return math.cos(x) if math.isfinite(x) else math.nan''',
 }
 """Scalar arithmetic as programs define it, for statements whose arguments may leave what Python's own allows."""
 
@@ -167,7 +173,7 @@ def _unsafe(program: Program, domains: Mapping[str, Hyper]) -> dict[str, str]:
         if x in below_one and ((s.op == "pow" and is_positive(y)) or (s.op == "mul" and y in below_one)):
             below_one.add(s.target)
         nonzero = is_positive(y) or (isinstance(y, float) and y != 0)
-        fine = nonzero if s.op == "div" else s.op != "exp" and is_positive(x)
+        fine = nonzero if s.op == "div" else s.op in ("sqrt", "log") and is_positive(x)
         if s.op in GUARDS and not fine:
             unsafe[s.target] = s.op
     return unsafe

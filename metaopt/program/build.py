@@ -40,10 +40,13 @@ PRELUDE = """\
     extern "C" __attribute__((__simd__("notinbranch"))) float name##f(float) noexcept;
 VECTORISED(exp)
 VECTORISED(log)
+VECTORISED(sin)
+VECTORISED(cos)
 extern "C" __attribute__((__simd__("notinbranch"))) double pow(double, double) noexcept;
 extern "C" __attribute__((__simd__("notinbranch"))) float powf(float, float) noexcept;
 #if __GLIBC_PREREQ(2, 35)
 VECTORISED(tanh)
+VECTORISED(atan)
 #endif
 #endif
 

@@ -24,7 +24,7 @@ from metaopt.program.inplace import COMPARISONS
 from metaopt.program.ops import OPS
 from metaopt.program.program import Arg, Program, Statement
 
-_SERIAL_BELOW = 1 << 15
+SERIAL_BELOW = 1 << 15
 """Elements under which a second thread costs more than it saves."""
 
 _PREAMBLE = """
@@ -48,9 +48,13 @@ static inline void store(bf16& x, const T value) {{  // to nearest, ties to even
     const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
     x.bits = uint16_t(narrow != narrow ? 0x7fc0u : rounded);
 }}
-static inline T nan_max(const T a, const T b) {{ return (a != a || a > b) ? a : b; }}
-static inline T nan_min(const T a, const T b) {{ return (a != a || a < b) ? a : b; }}
 """
+
+EXTREMA = """
+static inline T nan_max(const T a, const T b) { return (a != a || a > b) ? a : b; }
+static inline T nan_min(const T a, const T b) { return (a != a || a < b) ? a : b; }
+"""
+"""What the C++ forms of operations call."""
 
 _DRIVER = """\
 
@@ -133,8 +137,8 @@ def cpp_source(program: Program, param_type: str, grad_type: str, state_type: st
     body += [f"    store({to}[i], T({out}));" for to, out in zip(written, outputs, strict=True)]
     signature = "void update(void* const* at, const int64_t count, const int64_t begin, const int64_t end, const T* c)"
     lines = [f"static {signature} {{", *(f"    {line}" for line in [*body, "}"]), "}"]
-    driver = _DRIVER.replace("COEFFICIENTS", str(len(program.coefficients))).replace("SERIAL_BELOW", str(_SERIAL_BELOW))
-    return PRELUDE + _PREAMBLE.format(compute=compute) + "\n" + "\n".join(lines) + "\n" + driver
+    driver = _DRIVER.replace("COEFFICIENTS", str(len(program.coefficients))).replace("SERIAL_BELOW", str(SERIAL_BELOW))
+    return PRELUDE + _PREAMBLE.format(compute=compute) + EXTREMA + "\n" + "\n".join(lines) + "\n" + driver
 
 
 def identifiers(program: Program) -> dict[Arg, str]:

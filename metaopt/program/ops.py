@@ -97,6 +97,10 @@ def _scalar_exp(x: float) -> float:
         return math.inf
 
 
+def _of_finite(function: Callable[[float], float]) -> Callable[[float], float]:
+    return lambda x: function(x) if math.isfinite(x) else math.nan
+
+
 def _extremum(torch_op: Callable[..., Tensor]) -> Callable[..., Any]:
     def apply(x: Any, y: Any) -> Any:
         tensor = x if isinstance(x, Tensor) else y
@@ -133,6 +137,9 @@ OPS: dict[str, Op] = {
         Op("exp", 1, torch.exp, _scalar_exp, "torch.exp({0})", "std::exp({0})", "exponential({0})", "exp"),
         Op("log", 1, torch.log, _scalar_log, "torch.log({0})", "std::log({0})", "logarithm({0})", "log"),
         Op("tanh", 1, torch.tanh, math.tanh, "torch.tanh({0})", "std::tanh({0})", "hyperbolic_tangent({0})", "tanh"),
+        Op("sin", 1, torch.sin, _of_finite(math.sin), "torch.sin({0})", "std::sin({0})", "sine({0})", "sin"),
+        Op("cos", 1, torch.cos, _of_finite(math.cos), "torch.cos({0})", "std::cos({0})", "cosine({0})", "cos"),
+        Op("atan", 1, torch.atan, math.atan, "torch.atan({0})", "std::atan({0})", "arctangent({0})", "atan"),
         Op("maximum", 2, _extremum(torch.maximum), max, "torch.maximum({0}, {1})",
            "nan_max({0}, {1})", "maximum({0}, {1})", "maximum"),
         Op("minimum", 2, _extremum(torch.minimum), min, "torch.minimum({0}, {1})",
@@ -157,6 +164,9 @@ class Reduction:
         over: of each tensor by itself, or of all tensors of the tree together.
         part: what is summed, element by element, differentiable.
         finish: of the sum (0-d) and the number of elements; differentiable, zero-safe.
+        generated_part: format string of ``part`` in C++ and in Triton.
+        cpp: format string of ``finish`` in C++.
+        triton: format string of ``finish`` in Triton.
         python: format string of readable Python on one tensor; empty for reductions over the tree.
     """
 
@@ -164,6 +174,9 @@ class Reduction:
     over: Literal["tensor", "tree"]
     part: Callable[[Tensor], Tensor]
     finish: Callable[[Tensor, int], Tensor]
+    generated_part: str
+    cpp: str
+    triton: str
     python: str = ""
 
 
@@ -175,13 +188,18 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+# fmt: off
 REDUCTIONS: dict[str, Reduction] = {
     reduction.name: reduction
     for reduction in (
-        Reduction("mean", "tensor", _same, lambda total, count: total / count, "{0}.mean()"),
-        Reduction("norm", "tensor", _square, lambda total, count: _safe_sqrt(total), "torch.linalg.vector_norm({0})"),
-        Reduction("global_sum", "tree", _same, lambda total, count: total),
-        Reduction("global_norm", "tree", _square, lambda total, count: _safe_sqrt(total)),
+        Reduction("mean", "tensor", _same, lambda total, count: total / count,
+                  "{0}", "({0} / {1})", "divide({0}, {1})", "{0}.mean()"),
+        Reduction("norm", "tensor", _square, lambda total, count: _safe_sqrt(total),
+                  "({0} * {0})", "std::sqrt({0})", "square_root({0})", "torch.linalg.vector_norm({0})"),
+        Reduction("global_sum", "tree", _same, lambda total, count: total, "{0}", "{0}", "{0}"),
+        Reduction("global_norm", "tree", _square, lambda total, count: _safe_sqrt(total),
+                  "({0} * {0})", "std::sqrt({0})", "square_root({0})"),
     )
 }
+# fmt: on
 """Of element values only: a number has no elements to be summed."""

@@ -1,59 +1,29 @@
-"""Programs as tables of integers, so that one machine steps runs of hundreds of different programs at once.
+"""Runs of hundreds of different programs that step at once.
 
-Search evaluates programs faster than any of them could be compiled. So programs are encoded, for a register machine:
+Search evaluates programs faster than any of them could be compiled. So programs are encoded (`metaopt.program.encoding`), for a
+register machine. The numbers of a run are its coefficients, which its program's `Program.prelude` computes from its own
+hyperparameters, then the literals of its program. The prelude is encoded likewise, with one element per step of a window, and
+run in float64.
 
-    opcode | target register | first operand | second operand | third operand
-
-A register holds one value per element of a run's tensors. An operand k >= 0 is register k, and k < 0 is number ``~k`` of the
-run: its coefficients, which its program's `Program.prelude` computes from its own hyperparameters, then the literals of its
-program. The prelude is encoded likewise, with one element per step of a window, and run in float64.
-
-Here the machine is torch operations, each over all runs that want it next; `metaopt_kernels.population` is the same machine
-as one launch. Both compute what `evaluate` computes. The language has no reductions over a tensor; a machine that had them
-would have to cut programs at each, and run the parts as phases.
+The machine is C++ for tensors of a CPU (`metaopt.program.population_cpp`), else torch operations, each over all runs that want
+it next; `metaopt_kernels.population` is the same machine as one launch. All compute what `evaluate_tree` computes.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaopt.program.ops import OPS
-from metaopt.program.program import Arg, Program, Statement
+from metaopt.program.encoding import OPERATIONS, Code, assemble, require_programs, stack
+from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.population_cpp import CppMachine
+from metaopt.program.program import Program
 from metaopt.program.trace import without_dead
-
-OPERATIONS = tuple(sorted(OPS, key=lambda name: OPS[name].arity))
-"""What each opcode does: from one operand to three, so that a comparison tells how many an instruction has."""
-
-# -- encoding ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Code:
-    """N encoded programs over the same inputs, padded with zeros.
-
-    Attributes:
-        instructions: int32 [N, L, 5].
-        lengths: int32 [N], how many of the L instructions each program has.
-        outputs: int32 [N, O], an operand each.
-        counts: int32 [N], how many of the O outputs each program has.
-        literals: float64 [N, K], the last of a run's numbers.
-        inputs: how many registers hold an input at the start: the first ones.
-        registers: how many there must be; the same register serves values that are not needed at the same time.
-    """
-
-    instructions: Tensor
-    lengths: Tensor
-    outputs: Tensor
-    counts: Tensor
-    literals: Tensor
-    inputs: int
-    registers: int
 
 
 @dataclass(frozen=True)
@@ -105,11 +75,13 @@ class Population:
         rest = self.kernel.literals.to(runs.device)[runs].expand(shape[1], -1, -1)
         return torch.cat([coefficients.permute(2, 1, 0), rest], dim=2).to(dtype)
 
-    def check(self, runs: Tensor, params: Tensor, grads: Tensor, slots: Tensor, numbers: Tensor) -> None:
+    def check(
+        self, runs: Tensor, sizes: Sequence[int] | None, params: Tensor, grads: Tensor, slots: Tensor, numbers: Tensor
+    ) -> None:
         """Refuse what a step of ``runs`` cannot take.
 
         Raises:
-            ValueError: tensors of other shapes or dtypes than `PopulationStep` takes.
+            ValueError: tensors of other shapes or dtypes than `PopulationStep` takes, or sizes of other tensors.
         """
         count, size = len(runs), params.shape[-1:].numel()
         shapes = {
@@ -124,6 +96,8 @@ class Population:
                     f"{name} must be {list(shape)} of {params.dtype} on {runs.device}, "
                     f"got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
                 )
+        if sizes is not None and (min(sizes, default=0) < 0 or sum(sizes) != size):
+            raise ValueError(f"sizes must be those of tensors with {size} elements together, got {list(sizes)}")
 
 
 def encode(programs: Sequence[Program]) -> Population:
@@ -143,119 +117,28 @@ def encode(programs: Sequence[Program]) -> Population:
         dict.fromkeys(name for p, names in zip(live, read, strict=True) for name in p.scalars if name in names)
     )
     coefficients = max(len(p.coefficients) for p in live)
-    preludes = [_assemble(p.prelude, scalars, (), p.coefficients, 0) for p in live]
-    kernels = [_assemble(p.kernel, p.tensors, p.coefficients, p.outputs, coefficients) for p in live]
-    return Population(scalars, _stack(preludes, len(scalars)), _stack(kernels, max(len(p.tensors) for p in live)))
-
-
-class _Listing(NamedTuple):
-    """One encoded program."""
-
-    instructions: list[list[int]]
-    outputs: list[int]
-    literals: list[float]
-    registers: int
-
-
-def _assemble(
-    statements: Sequence[Statement],
-    inputs: Sequence[str],
-    coefficients: Sequence[str],
-    outputs: Sequence[Arg],
-    first_literal: int,
-) -> _Listing:
-    statements = [part for s in statements for part in _spelled_out(s)]
-    last_use: dict[Arg, int] = {arg: k for k, s in enumerate(statements) for arg in s.args}
-    last_use.update(dict.fromkeys(outputs, len(statements)))
-    registers: dict[Arg, int] = {name: k for k, name in enumerate(inputs)}
-    free = [k for name, k in registers.items() if name not in last_use]
-    used = len(inputs)
-    numbers = {name: k for k, name in enumerate(coefficients)}
-    literals: dict[str, float] = {}
-
-    def operand(arg: Arg) -> int:
-        if arg in registers:
-            return registers[arg]
-        if isinstance(arg, str):
-            return ~numbers[arg]
-        key = float(arg).hex()  # 0.0 == -0.0, and nan != nan
-        literals.setdefault(key, arg)
-        return ~(first_literal + list(literals).index(key))
-
-    instructions = []
-    for k, s in enumerate(statements):
-        operands = [operand(arg) for arg in s.args]
-        for dying in {arg for arg in s.args if arg in registers and last_use[arg] == k}:
-            heapq.heappush(free, registers[dying])
-        if not free:
-            free, used = [used], used + 1
-        registers[s.target] = heapq.heappop(free)
-        operands += [0] * (3 - len(operands))
-        instructions.append([OPERATIONS.index(s.op), registers[s.target], *operands])
-    places = [operand(out) for out in outputs]
-    return _Listing(instructions, places, list(literals.values()), used)
-
-
-_POWERS: dict[Arg, tuple[tuple[str, tuple[Arg, ...]], ...]] = {
-    0.5: (("sqrt", ("base",)),),
-    1.0: (("mul", ("base", 1.0)),),
-    2.0: (("mul", ("base", "base")),),
-    3.0: (("mul", ("base", "base")), ("mul", ("last", "base"))),
-    -0.5: (("sqrt", ("base",)), ("div", (1.0, "last"))),
-    -1.0: (("div", (1.0, "base")),),
-    -2.0: (("mul", ("base", "base")), ("div", (1.0, "last"))),
-}
-"""The exponents that torch does not hand to ``pow`` either: of -inf, ``pow`` to the 0.5 is inf, and the root is NaN."""
-
-
-def _spelled_out(s: Statement) -> list[Statement]:
-    if s.op != "pow" or s.args[1] not in _POWERS:
-        return [s]
-    parts = _POWERS[s.args[1]]
-    targets = [*(f"{s.target}'{k}" for k in range(len(parts) - 1)), s.target]  # no identifiers, so that none is taken
-    names: dict[Arg, Arg] = {"base": s.args[0]}
-    made = []
-    for target, (op, args) in zip(targets, parts, strict=True):
-        made.append(Statement(target, op, tuple(names.get(arg, arg) for arg in args)))
-        names["last"] = target
-    return made
-
-
-def _stack(listings: Sequence[_Listing], inputs: int) -> Code:
-    def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
-
-    instructions = padded([[n for instruction in it.instructions for n in instruction] for it in listings])
-    literals = torch.zeros(len(listings), max(len(it.literals) for it in listings), dtype=torch.float64)
-    for row, it in zip(literals, listings, strict=True):
-        row[: len(it.literals)] = torch.tensor(it.literals, dtype=torch.float64)
-    return Code(
-        instructions.unflatten(1, (-1, 5)) if instructions.numel() else instructions.new_empty(len(listings), 0, 5),
-        torch.tensor([len(it.instructions) for it in listings], dtype=torch.int32),
-        padded([it.outputs for it in listings]),
-        torch.tensor([len(it.outputs) for it in listings], dtype=torch.int32),
-        literals,
-        inputs,
-        max(inputs, *(it.registers for it in listings)),
-    )
+    preludes = [assemble(p.prelude, scalars, (), p.coefficients, 0) for p in live]
+    kernels = [assemble(p.kernel, p.tensors, p.coefficients, p.outputs, coefficients) for p in live]
+    return Population(scalars, stack(preludes, len(scalars)), stack(kernels, max(len(p.tensors) for p in live)))
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
 class PopulationStep:
-    """One step of R runs of different programs, in torch operations.
+    """One step of R runs of different programs.
 
     Attributes:
         population: the programs.
         runs: int64 [R], the program of each run.
+        sizes: the elements of the tensors that lie side by side in each run's row; None for one tensor.
     """
 
-    def __init__(self, population: Population, runs: Tensor) -> None:
+    def __init__(self, population: Population, runs: Tensor, sizes: Sequence[int] | None = None) -> None:
         self.population = population
         self.runs = runs
-        self._machine = _Machine(population.kernel, runs)
+        self.sizes = None if sizes is None else tuple(map(int, sizes))
+        self._machine = _Machine(population.kernel, runs, self.sizes)
 
     def __call__(self, params: Tensor, grads: Tensor, slots: Tensor, numbers: Tensor) -> None:
         """Update parameters and slots in place, outside autograd.
@@ -269,7 +152,7 @@ class PopulationStep:
         Raises:
             ValueError: tensors of other shapes, dtypes or devices.
         """
-        self.population.check(self.runs, params, grads, slots, numbers)
+        self.population.check(self.runs, self.sizes, params, grads, slots, numbers)
         self._machine([params, grads, *slots], numbers, [params, *slots])
 
 
@@ -290,48 +173,27 @@ class _Group(NamedTuple):
 
 
 class _Machine:
-    """R runs of `Code` in torch operations: at any time, the operation that most of them want next."""
+    """R runs of `Code`."""
 
-    def __init__(self, code: Code, runs: Tensor) -> None:
+    def __init__(self, code: Code, runs: Tensor, sizes: Sequence[int] | None = None) -> None:
         require_programs(code, runs)
-        self._registers = code.registers
-        self._count = len(runs)
-        self._device = runs.device
-        programs, everyone = runs.cpu(), torch.arange(len(runs))
-        instructions, lengths = code.instructions[programs].long(), code.lengths[programs]
-        operands = instructions[..., 2:]
-        kinds = instructions[..., 0] * 8 + ((operands < 0) * torch.tensor([1, 2, 4])).sum(-1)
-        at = torch.zeros_like(lengths)
-        self._groups: list[_Group] = []
-        while len(waiting := everyone[at < lengths]):
-            kind = kinds[waiting, at[waiting]]
-            chosen = waiting[kind == kind.mode().values]
-            opcode, target, *columns = instructions[chosen, at[chosen]].T
-            op = OPERATIONS[int(opcode[0])]
-            arguments = [self._operand(column, chosen) for column in columns[: OPS[op].arity]]
-            self._groups.append(_Group(op, arguments, self._row(target, chosen)))
-            at[chosen] += 1
-        self._outputs: list[list[_Operand]] = []
-        for k, column in enumerate(code.outputs[programs].long().T):
-            present = code.counts[programs] > k
-            parts = [everyone[present & kind] for kind in (column >= 0, column < 0)]
-            self._outputs.append([self._operand(column[part], part) for part in parts if len(part)])
-
-    def _row(self, register: Tensor, runs: Tensor) -> Tensor:
-        return (register * self._count + runs).to(self._device)
-
-    def _operand(self, encoded: Tensor, runs: Tensor) -> _Operand:
-        in_register = bool(encoded[0] >= 0)
-        place = self._row(encoded, runs) if in_register else ~encoded.to(self._device)
-        return _Operand(runs.to(self._device), in_register, place)
+        self._code = code
+        self._runs = runs
+        self._sizes = sizes
+        self._in_cpp = CppMachine(code, runs, sizes) if runs.is_cpu else None
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor], numbers: Tensor, outputs: Sequence[Tensor]) -> None:
         """From inputs [R, E] to outputs [R, E], which may be the same tensors; numbers are [R, M]."""
         if not outputs:
             return
+        if self._in_cpp is None or not self._in_cpp(inputs, numbers, outputs):
+            self._by_torch(inputs, numbers, outputs)
+
+    def _by_torch(self, inputs: Sequence[Tensor], numbers: Tensor, outputs: Sequence[Tensor]) -> None:
+        groups, results = self._plan
         width = outputs[0].shape[1]
-        registers = outputs[0].new_empty(self._registers, self._count, width)
+        registers = outputs[0].new_empty(self._code.registers, len(self._runs), width)
         for register, value in zip(registers[: len(inputs)], inputs, strict=True):
             register.copy_(value)
         rows = registers.flatten(0, 1)
@@ -341,22 +203,53 @@ class _Machine:
                 return rows.index_select(0, operand.place)
             return numbers[operand.runs, operand.place, None]
 
-        for op, operands, target in self._groups:
+        for op, operands, target in groups:
             args = [values(operand) for operand in operands]
             if op == "where":
                 args[0] = args[0] != 0
-            result = OPS[op].plain(*args).to(rows.dtype)
+            result = self._reduced(op, *args) if op in REDUCTIONS else OPS[op].plain(*args).to(rows.dtype)
             rows.index_copy_(0, target, result.expand(-1, width))
-        for output, moves in zip(outputs, self._outputs, strict=True):
+        for output, moves in zip(outputs, results, strict=True):
             for operand in moves:
                 output.index_copy_(0, operand.runs, values(operand).expand(-1, width))
 
+    def _reduced(self, op: str, values: Tensor) -> Tensor:
+        """In the place of each element, the number of its tensor or tree."""
+        reduction = REDUCTIONS[op]
+        whole = self._sizes is None or reduction.over == "tree"
+        parts = reduction.part(values).split(values.shape[1] if whole else self._sizes, dim=1)
+        numbers = [reduction.finish(part.sum(1, keepdim=True), part.shape[1]).expand_as(part) for part in parts]
+        return torch.cat(numbers, dim=1)
 
-def require_programs(code: Code, runs: Tensor) -> None:
-    """Raises ValueError unless ``runs`` are int64 [R] numbers of programs of ``code``."""
-    count = len(code.lengths)
-    if runs.dtype != torch.int64 or runs.dim() != 1 or bool(((runs < 0) | (runs >= count)).any()):
-        raise ValueError(
-            f"runs must be int64 [R], numbers of programs in [0, {count}), got {runs.dtype} {list(runs.shape)}"
-            + (f" from {int(runs.min())} to {int(runs.max())}" if runs.numel() else "")
-        )
+    @cached_property
+    def _plan(self) -> tuple[list[_Group], list[list[_Operand]]]:
+        """At any time, the operation that most runs want next; and the operands of each output."""
+        code, programs, everyone = self._code, self._runs.cpu(), torch.arange(len(self._runs))
+        instructions, lengths = code.instructions[programs].long(), code.lengths[programs]
+        operands = instructions[..., 2:]
+        kinds = instructions[..., 0] * 8 + ((operands < 0) * torch.tensor([1, 2, 4])).sum(-1)
+        at = torch.zeros_like(lengths)
+        groups: list[_Group] = []
+        while len(waiting := everyone[at < lengths]):
+            kind = kinds[waiting, at[waiting]]
+            chosen = waiting[kind == kind.mode().values]
+            opcode, target, *columns = instructions[chosen, at[chosen]].T
+            op = OPERATIONS[int(opcode[0])]
+            arity = OPS[op].arity if op in OPS else 1
+            arguments = [self._operand(column, chosen) for column in columns[:arity]]
+            groups.append(_Group(op, arguments, self._row(target, chosen)))
+            at[chosen] += 1
+        outputs: list[list[_Operand]] = []
+        for k, column in enumerate(code.outputs[programs].long().T):
+            present = code.counts[programs] > k
+            parts = [everyone[present & kind] for kind in (column >= 0, column < 0)]
+            outputs.append([self._operand(column[part], part) for part in parts if len(part)])
+        return groups, outputs
+
+    def _row(self, register: Tensor, runs: Tensor) -> Tensor:
+        return (register * len(self._runs) + runs).to(self._runs.device)
+
+    def _operand(self, encoded: Tensor, runs: Tensor) -> _Operand:
+        in_register = bool(encoded[0] >= 0)
+        place = self._row(encoded, runs) if in_register else ~encoded.to(self._runs.device)
+        return _Operand(runs.to(self._runs.device), in_register, place)

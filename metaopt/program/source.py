@@ -58,6 +58,7 @@ def update_source(program: Program, name: str) -> str:
 _SCALAR_FORMS = {
     "sqrt": "math.sqrt({0})", "abs": "abs({0})", "maximum": "max({0}, {1})", "minimum": "min({0}, {1})",
     "exp": "math.exp({0})", "log": "math.log({0})", "tanh": "math.tanh({0})",
+    "sin": "math.sin({0})", "cos": "math.cos({0})", "atan": "math.atan({0})",
     "sign": "float(({0} > 0) - ({0} < 0))",
 }  # fmt: skip
 _WIDEST = 96

@@ -21,7 +21,8 @@ class TraceError(TypeError):
 _TORCH_NAMES = {
     "add": "add", "sub": "sub", "subtract": "sub", "mul": "mul", "multiply": "mul", "div": "div", "divide": "div",
     "true_divide": "div", "pow": "pow", "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "sqrt": "sqrt",
-    "sign": "sign", "exp": "exp", "log": "log", "tanh": "tanh", "maximum": "maximum", "minimum": "minimum",
+    "sign": "sign", "exp": "exp", "log": "log", "tanh": "tanh", "sin": "sin", "cos": "cos",
+    "atan": "atan", "arctan": "atan", "maximum": "maximum", "minimum": "minimum",
     "where": "where", "gt": "gt", "greater": "gt", "lt": "lt", "less": "lt", "ge": "ge", "greater_equal": "ge",
     "le": "le", "less_equal": "le", "mean": "mean", "norm": "norm", "linalg_vector_norm": "norm",
 }  # fmt: skip

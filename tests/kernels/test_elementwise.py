@@ -44,7 +44,7 @@ DTYPES: list[Dtypes] = [
     (HALF, SINGLE, SINGLE),
     (SINGLE, BRAIN, BRAIN),
 ]
-INEXACT = {"sqrt", "pow", "exp", "log", "tanh"}
+INEXACT = {"sqrt", "pow", "exp", "log", "tanh", "sin", "cos", "atan"}
 SHAPES = [(), (0,), (1,), (5, 3), (BLOCK + 6,), (2, 1, 3, 2, 2), (0,)]
 
 
@@ -193,11 +193,15 @@ def test_functions_that_triton_lacks_are_right_far_from_1(dtype: torch.dtype, de
         Statement("b", "pow", ("grad", "param")),
         Statement("c", "pow", ("param", 3.0)),
         Statement("d", "log", ("grad",)),
+        Statement("e", "atan", ("param",)),
+        Statement("f", "sin", ("param",)),
+        Statement("g", "cos", ("grad",)),
     )
-    program = Program((), ("param", "grad", "u", "v", "w"), statements, ("a", "b", "c", "d"))
+    slots = ("u", "v", "w", "x", "y", "z")
+    program = Program((), ("param", "grad", *slots), statements, ("a", "b", "c", "d", "e", "f", "g"))
     small = torch.logspace(-12, 1, 50, dtype=dtype)
     columns = [[torch.cat([small, -small])], [torch.linspace(0.01, 20, 100, dtype=dtype)]]
-    columns += [[torch.zeros(100, dtype=dtype)] for _ in range(3)]
+    columns += [[torch.zeros(100, dtype=dtype)] for _ in slots]
     stepped = moved(columns, device)
     built(program, (dtype, dtype, dtype))(stepped, {})
     rtol = 1e-6 if dtype == SINGLE else 1e-12

@@ -1,22 +1,40 @@
-"""The register machine of a population computes what `evaluate` computes for each program alone, bit for bit."""
+"""The register machine of a population computes what `evaluate_tree` computes for each program alone, bit for bit."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from population_cases import RULES, after, every_statement, expected, trained
-from random_programs import exact_programs, positive, small_integers, smooth_programs, special
+from population_cases import RULES, after, every_reduction, every_statement, expected, trained
+from random_programs import exact_programs, positive, reducing_programs, small_integers, smooth_programs, special
 from torch import Tensor
 
 from metaopt.program import OPS, Program, Statement
+from metaopt.program.encoding import OPERATIONS
 from metaopt.program.population import PopulationStep, encode
+from metaopt.program.population_cpp import machine_library
+
+SIZES = (700, 1, 0, 599)
+"""Of the tensors in a row: some end within a block of the machine in C++, and one has no elements."""
 
 CPU = torch.device("cpu")
 SINGLE, DOUBLE = torch.float32, torch.float64
+
+
+@pytest.fixture(params=["C++", "torch"], scope="module", autouse=True)
+def execution(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs on both machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setenv("METAOPT_CXX", "")
+        elif machine_library(SINGLE) is None:
+            pytest.skip("no C++ compiler: set CXX or install g++")
+        yield
 
 
 def program(*statements: tuple[str, str, tuple[str | float, ...]], outputs: tuple[str | float, ...]) -> Program:
@@ -43,13 +61,14 @@ def test_different_programs_step_side_by_side(programs: list[Program]) -> None:
         )
 
 
+REAL = ((DOUBLE, 1e-13), (SINGLE, 1e-4))
+"""Vector forms of pow and tanh may be an ulp off, sums are added up in other orders, and errors grow."""
+
+
 @settings(max_examples=10)
 @given(programs=st.lists(smooth_programs(), min_size=20, max_size=20))
 def test_real_arithmetic_agrees_to_rounding(programs: list[Program]) -> None:
-    for dtype, rtol in (
-        (DOUBLE, 1e-13),
-        (SINGLE, 1e-4),
-    ):  # vector forms of pow and tanh may be an ulp off, and errors grow
+    for dtype, rtol in REAL:
         tensors = [[column[0] for column in positive(p, dtype, sizes=(40,))] for p in programs]
         torch.testing.assert_close(
             after(PopulationStep, programs, tensors, CPU), expected(programs, tensors), rtol=rtol, atol=0
@@ -76,11 +95,79 @@ def test_powers_by_numbers_are_those_of_torch(exponent: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
-def test_rules_train_side_by_side_with_their_own_hyperparameters(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [33, 1100])
+def test_rules_train_side_by_side_with_their_own_hyperparameters(size: int, dtype: torch.dtype) -> None:
     runs = [(name, lr) for lr in (1e-3, 0.1) for name in RULES]
-    found, wanted = trained(PopulationStep, runs, dtype, steps=5, size=33, device=CPU)
+    found, wanted = trained(PopulationStep, runs, dtype, steps=5, size=size, device=CPU)
     # preludes are computed on tensors here and on floats there: their powers of beta may be an ulp of float64 apart
     torch.testing.assert_close(found, wanted, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+
+
+@settings(max_examples=10)
+@given(programs=st.lists(reducing_programs(), min_size=10, max_size=10))
+def test_reductions_over_tensors_and_trees_agree_to_rounding(programs: list[Program]) -> None:
+    for dtype, rtol in REAL:
+        tensors = [[column[0] for column in positive(p, dtype, sizes=(sum(SIZES),))] for p in programs]
+        found = after(PopulationStep, programs, tensors, CPU, SIZES)
+        torch.testing.assert_close(found, expected(programs, tensors, SIZES), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, None])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+def test_reductions_of_both_signs_are_exact_in_sums_of_halves(
+    dtype: torch.dtype, sizes: tuple[int, ...] | None
+) -> None:
+    programs = every_reduction()
+    tensors = [
+        [t[0].to(dtype) / 2 for t in small_integers(p, sizes=(sum(SIZES),), seed=k)] for k, p in enumerate(programs)
+    ]
+    found, wanted = after(PopulationStep, programs, tensors, CPU, sizes), expected(programs, tensors, sizes)
+    torch.testing.assert_close(found[:-1], wanted[:-1], rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)
+    # the last one sums what has been rounded, of both signs
+    torch.testing.assert_close(found[-1], wanted[-1], rtol=1e3 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+def test_reductions_have_torchs_special_cases(dtype: torch.dtype) -> None:
+    programs = [*every_reduction()[:-1], program(("x", "norm", ("grad",)), ("y", "div", (1.0, "x")), outputs=("y",))]
+    numbers = [0.0, -0.0, 1.0, math.inf, 1.0, -math.inf, math.inf, math.nan, 1e38, 3e38, 1e200]
+    sizes = [1, 1, 2, 3, 1, 2, 1]  # the last is infinite in float32
+    row = torch.tensor(numbers, dtype=dtype)
+    tensors = [[row] * len(p.tensors) for p in programs]
+    found, wanted = after(PopulationStep, programs, tensors, CPU, sizes), expected(programs, tensors, sizes)
+    torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+def test_a_run_that_is_not_finite_touches_no_other() -> None:
+    programs = every_reduction()
+    tensors = [[t[0] for t in positive(p, SINGLE, sizes=(sum(SIZES),))] for p in programs]
+    spoiled = [[torch.full_like(t, math.nan) for t in row] for row in tensors]
+    mixed = [row for pair in zip(tensors, spoiled, strict=True) for row in pair]
+    found = after(PopulationStep, [p for p in programs for _ in range(2)], mixed, CPU, SIZES)
+    torch.testing.assert_close(found[::2], after(PopulationStep, programs, tensors, CPU, SIZES), rtol=0, atol=0)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    programs = [*every_reduction(), *every_statement()]
+    tensors = [
+        [t[0].to(SINGLE) for t in small_integers(p, sizes=(sum(SIZES),), seed=k)] for k, p in enumerate(programs)
+    ]
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(after(PopulationStep, programs, tensors, CPU, SIZES))
+    torch.set_num_threads(before)
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_with_gaps_and_of_other_dtypes_step_too() -> None:
+    population, runs = encode([program(("x", "mul", ("param", "grad")), outputs=("x", "param"))]), torch.tensor([0, 0])
+    for dtype, gap in ((SINGLE, 2), (torch.bfloat16, 1)):
+        params = torch.full((2, 3 * gap), 2.0, dtype=dtype)[:, ::gap]
+        grads, slots = torch.full((2, 3), 3.0, dtype=dtype), torch.ones(1, 2, 3, dtype=dtype)
+        PopulationStep(population, runs)(params, grads, slots, torch.empty(2, 0, dtype=dtype))
+        assert (params == 6).all() and (slots == 2).all()
 
 
 # -- the encoding ------------------------------------------------------------------------------------------------------
@@ -96,6 +183,16 @@ def test_a_long_chain_needs_no_register_of_its_own_for_each_link() -> None:
     links = [(f"v{k + 1}", "mul", (f"v{k}", "grad")) for k in range(50)]
     found = encode([program(("v0", "add", ("param", "grad")), *links, outputs=("v50",))]).kernel
     assert (found.registers, int(found.lengths)) == (2, 51)
+
+
+def test_reductions_that_need_not_wait_for_each_other_stand_together() -> None:
+    interleaved = program(
+        ("a", "norm", ("param",)), ("b", "mul", ("a", "grad")), ("c", "mul", ("grad", "grad")), ("d", "mean", ("c",)),
+        ("e", "add", ("b", "d")), ("f", "global_sum", ("e",)), outputs=("f",),
+    )  # fmt: skip
+    found = encode([interleaved]).kernel
+    names = [OPERATIONS[k] for k in found.instructions[0, :, 0]]
+    assert names == ["mul", "norm", "mean", "mul", "add", "global_sum"]
 
 
 def test_what_no_output_depends_on_is_left_out() -> None:
@@ -176,6 +273,13 @@ def test_tensors_of_other_shapes_or_dtypes_are_refused(name: str, value: Tensor)
     }
     with pytest.raises(ValueError, match=f"{name} must be"):
         PopulationStep(population, torch.tensor([0, 0]))(**{**tensors, name: value})
+
+
+@pytest.mark.parametrize("sizes", [[2], [], [4, -1]])
+def test_sizes_of_other_rows_are_refused(sizes: list[int]) -> None:
+    step = PopulationStep(encode([program(outputs=("grad",))]), torch.tensor([0]), sizes)
+    with pytest.raises(ValueError, match="with 3 elements together"):
+        step(torch.ones(1, 3), torch.ones(1, 3), torch.ones(0, 1, 3), torch.ones(1, 0))
 
 
 def test_scalars_that_are_missing_or_of_unclear_shape_are_refused() -> None:
