@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from metaopt import tree
 from metaopt.inner_step import InnerStep, copy_of, is_elementwise, with_finite
 from metaopt.kernels import ElementwiseStep
 from metaopt.learned import Theta
+from metaopt.perparameter import PerParameterRule
 from metaopt.random import step_keys
-from metaopt.rule import ElementwiseRule, Params, State, flat_hp
+from metaopt.rule import Context, ElementwiseRule, Params, State, flat_hp
 from metaopt.task import Batch
 from metaopt.unroll import Advance, Carry, lockstep
 
@@ -111,7 +113,7 @@ def fused(step: InnerStep) -> Advance:
     def advance(
         theta: Theta, hp: dict[str, Any], carry: Carry, indices: Tensor, horizon: Tensor
     ) -> tuple[Tensor, Carry]:
-        done = None if torch.is_grad_enabled() else _whole_window(step, hp, carry, indices)
+        done = None if torch.is_grad_enabled() else _whole_window(step, theta, hp, carry, indices, horizon)
         if done is None:
             return together(theta, hp, carry, indices, horizon)
         losses, new, finite = done
@@ -120,9 +122,10 @@ def fused(step: InnerStep) -> Advance:
         after = tree.select(stays, new.tree(), carry.tree())
         diverged = (carry.alive & ~finite).nonzero().squeeze(1)
         if len(diverged):  # once more, with a look at every step
-            own = {name: _rows(value, step.dims[1][name], diverged) for name, value in hp.items()}
+            own_theta = theta if step.dims[0] is None else tree.index(theta, diverged)
+            own_hp = {name: _rows(value, step.dims[1][name], diverged) for name, value in hp.items()}
             before = tree.index(carry.tree(), diverged)
-            own_losses, end = together(theta, own, Carry.from_tree(before), indices[diverged], horizon[diverged])
+            own_losses, end = together(own_theta, own_hp, Carry.from_tree(before), indices[diverged], horizon[diverged])
             losses[diverged] = own_losses
             after = tree.map_tree(lambda leaf, part: leaf.index_copy(0, diverged, part), after, end.tree())
         return losses, Carry.from_tree(after)
@@ -131,31 +134,40 @@ def fused(step: InnerStep) -> Advance:
 
 
 def _whole_window(
-    step: InnerStep, hp: dict[str, Any], carry: Carry, indices: Tensor
+    step: InnerStep, theta: Theta, hp: dict[str, Any], carry: Carry, indices: Tensor, horizon: Tensor
 ) -> tuple[Tensor, Carry, Tensor] | None:
     """All steps of all copies in one kernel: losses [K, T], the new carry, and which copies it holds for [K]."""
-    dense, rule, kernels = step.task.dense, step.rule, step.kernels
-    if dense is None or kernels is None or not is_elementwise(rule):
+    dense, kernels = step.task.dense, step.kernels
+    if dense is None or kernels is None:
         return None
-    steps = indices.shape[1]
-    count = carry.step[:, None] + torch.arange(1, steps + 1, device=indices.device)
-    scalars = {name: v[:, None] if isinstance(v, Tensor) and v.dim() else v for name, v in flat_hp(hp).items()}
-    numbers = rule.program.scalar_values({**scalars, "t": count.to(torch.float64)})
-    window = {
-        name: torch.as_tensor(value, dtype=torch.float64, device=indices.device).expand(indices.shape[:2])
-        for name, value in numbers.items()
-    }
-    slots = {name: {slot: own[slot] for slot in rule.slots} for name, own in carry.state.items()}
     inputs, target = (step.task.train.tensors[key] for key in (dense.inputs, dense.target))
-    done = kernels.dense_unroll(
-        dense, rule.program, window, carry.params, slots, inputs.flatten(1), target, indices
-    )  # fmt: skip
+    examples, steps = (inputs.flatten(1), target, indices), indices.shape[1]
+    done: tuple[Tensor, Params, Mapping[str, Mapping[str, Tensor]], Tensor] | None = None
+    if is_elementwise(step.rule):
+        numbers = _coefficients(step.rule, hp, carry.step, steps)
+        slots = {name: {slot: own[slot] for slot in step.rule.slots} for name, own in carry.state.items()}
+        done = kernels.dense_unroll(dense, step.rule.program, numbers, carry.params, slots, *examples)
+    elif isinstance(step.learned, PerParameterRule) and step.learned.prepares_all_ahead(step.info):
+        ctx = Context(step.info, step=carry.step, horizon=horizon)
+        prepare = partial(step.learned.prepare_window, theta, carry.params, hp, ctx, step.dims[:2], steps)
+        done = kernels.network_unroll(dense, step.learned.kernel_step, prepare, carry.params, carry.state, *examples)
     if done is None:
         return None
     losses, params, new_slots, finite = done
     state = {name: {"step": own["step"] + steps, **new_slots[name]} for name, own in carry.state.items()}
     new = Carry(params, state, carry.seeds, carry.step + steps, carry.alive, carry.config, carry.buffers)
     return losses, new, finite
+
+
+def _coefficients(rule: ElementwiseRule, hp: dict[str, Any], made: Tensor, steps: int) -> dict[str, Tensor]:
+    """Of this many steps after those ``made`` [K]: float64 [K, T] each."""
+    count = made[:, None] + torch.arange(1, steps + 1, device=made.device)
+    scalars = {name: v[:, None] if isinstance(v, Tensor) and v.dim() else v for name, v in flat_hp(hp).items()}
+    numbers = rule.program.scalar_values({**scalars, "t": count.to(torch.float64)})
+    return {
+        name: torch.as_tensor(value, dtype=torch.float64, device=made.device).expand(count.shape)
+        for name, value in numbers.items()
+    }
 
 
 def _rows(value: Any, dims: Any, rows: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -53,3 +53,17 @@ class CppKernels:
     ) -> tuple[Tensor, Params, State, Tensor] | None:
         """See `metaopt.dense.cpp.dense_unroll`."""
         return dense_unroll(network, program, coefficients, params, state, inputs, target, indices)
+
+    def network_unroll(
+        self,
+        network: DenseNetwork,
+        step: Step,
+        prepare: Callable[[], Prepared],
+        params: Params,
+        state: Mapping[str, Slots],
+        inputs: Tensor,
+        target: Tensor,
+        indices: Tensor,
+    ) -> tuple[Tensor, Params, dict[str, Slots], Tensor] | None:
+        """None: not in C++."""
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -103,6 +103,34 @@ class Kernels(Protocol):
         Returns:
             Losses [K, T], new parameters, new slots, and [K] whether the copy stayed finite: what a copy that did not has
             become is undefined, and its window must be run again with a look at every step.
+        """
+
+    def network_unroll(
+        self,
+        network: DenseNetwork,
+        step: Step,
+        prepare: Callable[[], Prepared],
+        params: Params,
+        state: Mapping[str, Slots],
+        inputs: Tensor,
+        target: Tensor,
+        indices: Tensor,
+    ) -> tuple[Tensor, Params, dict[str, Slots], Tensor] | None:
+        """`dense_unroll` under a learned rule with a per-parameter network.
+
+        Args:
+            network: layers, activation and loss.
+            step: of which rule.
+            prepare: makes what every step needs, each tensor of it with leading dimensions T and K, of any strides; called only
+                by a kernel that takes the rest.
+            params: [K, *shape] each; not changed.
+            state: the accumulators of each parameter, [K, n, ...]; not changed. Other slots are not read.
+            inputs: the task's examples [N, D], shared by all copies.
+            target: [N] int64 or [N, outputs].
+            indices: [K, T, B] rows of them.
+
+        Returns:
+            As `dense_unroll`, with new accumulators for slots.
         """
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch_unroll import unrolled_by_torch
 
 from metaopt import registry, tree
 from metaopt.program import compiler
-from metaopt.rule import UpdateRule
 from metaopt.task import Task
 from metaopt.unroll import Carry, start, unroll
 
@@ -22,14 +22,6 @@ RULES = ["adamw", "lion", "sgd"]
 def digits() -> Task:
     task: Task = registry.create("task", "digits_mlp")
     return task
-
-
-def by_torch(task: Task, rule: UpdateRule, carry: Carry, steps: int, hp: dict[str, Any], horizon: int) -> Any:
-    """The same window with torch operations alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaopt.unroll.kernels_of", lambda _: None)
-        patch.setattr("metaopt.unroll._ADVANCES", {})
-        return unroll(task, rule, carry, steps, hp=hp, horizon=horizon, backend="eager")
 
 
 def assert_same(made: Any, expected: Any, atol: float, rtol: float = 0.0) -> None:
@@ -56,7 +48,7 @@ def test_a_fused_window_is_that_of_torch(digits: Task, rule: str) -> None:
         )
         hp = {"lr": torch.tensor([1e-3, 3e-4, 1e-4])}
         found = unroll(digits, made, carry, 200, hp=hp, horizon=200, backend="fused")
-        assert_same(found, by_torch(digits, made, carry, 200, hp, 200), 1e-9)
+        assert_same(found, unrolled_by_torch(digits, made, carry, 200, hp=hp, horizon=200), 1e-9)
 
 
 def test_windows_go_on_where_others_ended(digits: Task) -> None:
@@ -77,7 +69,7 @@ def test_a_copy_that_diverges_is_frozen_as_by_torch_and_touches_no_other(digits:
     with torch.no_grad():
         carry = start(digits, rule, torch.tensor([0, 1, 2]))
         made = unroll(digits, rule, carry, 30, hp=hp, backend="fused")
-        expected = by_torch(digits, rule, carry, 30, hp, digits.horizon)
+        expected = unrolled_by_torch(digits, rule, carry, 30, hp=hp)
         alone = unroll(digits, rule, start(digits, rule, torch.tensor([2])), 30, hp={"lr": 0.1}, backend="fused")
         later = unroll(digits, rule, made[1], 5, hp=hp, backend="fused")
     assert made[1].alive.tolist() == [True, False, True] and made[0][1].isnan().any()

@@ -8,7 +8,7 @@ reads and writes between two steps, some 60 kB for digits' network, stays in the
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,30 +52,27 @@ from metaopt_kernels.source import load_module
 def network_unroll(
     network: DenseNetwork,
     step: Step,
-    prepared: Prepared,
+    prepare: Callable[[], Prepared],
     params: Params,
     state: Mapping[str, Slots],
     inputs: Tensor,
     target: Tensor,
     indices: Tensor,
     *,
-    direction_eps: float | None = None,
     precision: str = "tf32x3",
 ) -> tuple[Tensor, Params, dict[str, Slots], Tensor] | None:
-    """T inner steps of K copies of ``network`` under a learned rule.
+    """T inner steps of K copies of ``network`` under a learned rule; see `metaopt.kernels.Kernels.network_unroll`.
 
     Args:
         network: layers, activation and loss.
-        step: of which rule.
-        prepared: of every step: every tensor of it has leading dimensions T and K, of any strides, so that what stays the same
-            can be expanded.
+        step: of which rule; a ``finish`` of its own must be one that ``direction_eps`` tells.
+        prepare: makes what every step needs, each tensor of it with leading dimensions T and K, of any strides, so that what
+            stays the same can be expanded.
         params: float32 [K, *shape] each; not changed.
         state: the accumulators of each parameter, float32 [K, n, ...]; not changed. Other slots are not read.
         inputs: float32 [N, D].
         target: [N] int64 classes, or float32 [N, outputs].
         indices: int64 [K, T, B] rows of them.
-        direction_eps: of a rule with a ``finish`` of its own, which is this one: the direction u of the class, divided by
-            sqrt(mean(u^2) + direction_eps) over the tensor (`metaopt_learned.celo2.Celo2Base`).
         precision: of matrix products, those of wide learned networks too: a name in `metaopt_kernels.dense.PRECISIONS`.
 
     Returns:
@@ -89,9 +86,12 @@ def network_unroll(
     """
     copies, steps, batch = indices.shape
     shape = shape_of(network, params, inputs, target, batch)
-    if shape is None or step.own_finish != (direction_eps is not None) or any(prepared.memory.values()):
+    if shape is None or (step.own_finish and step.direction_eps is None):
         return None
     if not all(supports(step.features, p.shape[1:], p) for p in params.values()):
+        return None
+    prepared = prepare()
+    if any(prepared.memory.values()):
         return None
     names = [name for layer in network.layers for name in layer]
     new_params = {name: copied(params[name]) for name in names}
@@ -103,7 +103,7 @@ def network_unroll(
     laid = _laid_out(step, prepared.map(lambda value: _by_steps(value.to(inputs))), grads, new_params, new_state)
     assert laid is not None  # everything is contiguous
     module = load_module(
-        unroll_source(network, step, shape, laid.kinds, laid.table.shape[1:], direction_eps, precision),
+        unroll_source(network, step, shape, laid.kinds, laid.table.shape[1:], precision),
         "network_unroll",
     )
     losses = torch.empty((copies, steps), dtype=torch.float32, device=inputs.device)
@@ -198,7 +198,6 @@ def unroll_source(
     shape: Shape,
     kinds: tuple[Kind, ...],
     table: tuple[int, int],
-    direction_eps: float | None,
     precision: str,
 ) -> str:
     """Text of the module whose ``unroll`` is the kernel of `network_unroll`.
@@ -209,7 +208,6 @@ def unroll_source(
         shape: of the network and its batches.
         kinds: of tensors, in the order of their numbers in the table.
         table: its rows and columns in one step.
-        direction_eps: see `network_unroll`.
         precision: of matrix products.
     """
     names, (tensors, columns) = tensors_of(shape), table
@@ -217,7 +215,7 @@ def unroll_source(
     cases = []
     for number, _ in enumerate(kinds):
         cases += [f"{'elif' if number else 'if'} kind == {number}:", f"    step_{number}(row, copy, scratch)"]
-    moved = loads if direction_eps is None else _finish(step, shape, kinds[0].sizes[-1], columns, direction_eps)
+    moved = _finish(step, shape, kinds[0].sizes[-1], columns) if step.own_finish else loads
     kernel = _UNROLL.format(
         pointers=", ".join(f"to_{kind}_{name}" for kind in ("param", "grad", "out") for name in names),
         places=lines(places_source(shape)),
@@ -237,7 +235,7 @@ def unroll_source(
     return "\n\n".join([learned + IMPORT, network_source(network, shape, precision), kernel])
 
 
-def _finish(step: Step, shape: Shape, outputs: int, columns: int, eps: float) -> list[str]:
+def _finish(step: Step, shape: Shape, outputs: int, columns: int) -> list[str]:
     """New parameters, in registers and in memory, from directions [K, outputs, *shape] that are to be normalised."""
     found = []
     sizes = [size for fan_in, fan_out in pairwise(shape.widths) for size in (fan_in * fan_out, fan_out)]
@@ -248,7 +246,7 @@ def _finish(step: Step, shape: Shape, outputs: int, columns: int, eps: float) ->
         )
         found += [
             f"u = {d}" if step.magnitude is None else f"u = {d} * tl.exp({step.magnitude} * {s})",
-            f"u *= tl.rsqrt(tl.sum(u * u) / {size} + {eps})",
+            f"u *= tl.rsqrt(tl.sum(u * u) / {size} + {step.direction_eps})",
             "scale, keep = tl.load(of_copy(row, SCALE, copy, REAL)), tl.load(of_copy(row, KEEP, copy, REAL))",
             f"param_{name} = keep * param_{name} - scale * u",
             store_source("param", name),
@@ -265,19 +263,19 @@ def aot_cases() -> list[AotCase]:
     shape, precision = Shape((64, 32, 10), 64), PRECISIONS[0]
     types = {"indices": "*i64", "table": "*i64", "all_finite": "*i32", "copies": "i32", "steps": "i32"}
     cases = []
-    chosen: list[tuple[str, str, int, float | None]] = [
-        ("adafac_4", "small_fc_lopt", 4, None),
-        ("adafac_32", "small_fc_lopt", 32, None),
-        ("celo2_base", "celo2_base", 8, 1e-9),
+    chosen = [
+        ("adafac_4", "small_fc_lopt", 4),
+        ("adafac_32", "small_fc_lopt", 32),
+        ("celo2_base", "celo2_base", 8),
     ]
-    for name, rule, hidden, eps in chosen:
+    for name, rule, hidden in chosen:
         made: PerParameterRule = registry.create("learned_optimizer", rule, hidden=hidden)
-        features, outputs = made.features, 2 if eps is None else 1
+        features, outputs = made.features, 1 if made.has_own_finish else 2
         kinds = tuple(
             Kind(form, matrix, (features.count((2,) * (1 + matrix)), hidden, hidden, outputs), matrix)
             for form, matrix in (("flat", False), ("plain", True))
         )
-        source = unroll_source(DIGITS, made.kernel_step, shape, kinds, (4, 49), eps, precision)
+        source = unroll_source(DIGITS, made.kernel_step, shape, kinds, (4, 49), precision)
         kernel = load_module(source, "network_unroll").unroll
         cases.append(aot_case(f"network_unroll.digits.{name}", kernel, types, num_warps(shape, precision)))
     return cases

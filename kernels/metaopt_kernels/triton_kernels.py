@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from metaopt_kernels.dense import dense_gradients
 from metaopt_kernels.dense_unroll import dense_unroll
 from metaopt_kernels.elementwise import TritonStep, elementwise
 from metaopt_kernels.network_step import fused_step, supports
+from metaopt_kernels.network_unroll import network_unroll
 
 
 class TritonKernels:
@@ -54,3 +55,17 @@ class TritonKernels:
     ) -> tuple[Tensor, Params, State, Tensor] | None:
         """See `metaopt_kernels.dense_unroll.dense_unroll`."""
         return dense_unroll(network, program, coefficients, params, state, inputs, target, indices)
+
+    def network_unroll(
+        self,
+        network: DenseNetwork,
+        step: Step,
+        prepare: Callable[[], Prepared],
+        params: Params,
+        state: Mapping[str, Slots],
+        inputs: Tensor,
+        target: Tensor,
+        indices: Tensor,
+    ) -> tuple[Tensor, Params, dict[str, Slots], Tensor] | None:
+        """See `metaopt_kernels.network_unroll.network_unroll`."""
+        return network_unroll(network, step, prepare, params, state, inputs, target, indices)

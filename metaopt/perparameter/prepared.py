@@ -59,8 +59,10 @@ class Step(NamedTuple):
         features: what the networks see.
         magnitude: the constant of the exponent; None without one.
         own_finish: whether the networks' outputs are written in place of new parameters.
+        direction_eps: of an own finish that normalises the direction (`PerParameterRule.direction_eps`); None: another.
     """
 
     features: Features
     magnitude: float | None
     own_finish: bool
+    direction_eps: float | None

@@ -36,11 +36,14 @@ class PerParameterRule(LearnedRule):
     pure one below; in place by chunks (`chunked`), and kernels for all copies (`metaopt.kernels`). State per
     parameter: ``step``, the accumulators (see `features.Slots`) and the memory; float32 or better.
 
-    Class attribute ``prepare_reads``: the slots that `prepare` reads besides ``step``. It is handed no others: under vmap
-    every tensor costs time.
+    Class attributes: ``prepare_reads``: the slots that `prepare` reads besides ``step``. It is handed no others: under vmap
+    every tensor costs time. ``prepares_ahead``: whether all that `prepare` reads is theta, hyperparameters, step and horizon,
+    and of parameters their shapes and dtypes. Kernels then run whole windows, for which it is called but once, with parameters
+    on torch's meta device: reading their values is an error.
     """
 
     prepare_reads: ClassVar[tuple[str, ...]] = ()
+    prepares_ahead: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -50,6 +53,16 @@ class PerParameterRule(LearnedRule):
     @property
     def magnitude(self) -> float | None:
         """The constant c of the exponent."""
+        return None
+
+    @property
+    def direction_eps(self) -> float | None:
+        r"""The epsilon of a `finish` that normalises the direction u of the class, and else does nothing; None: another finish.
+
+        .. math:: p \leftarrow keep\, p - scale\, u / \sqrt{\mathrm{mean}(u^2) + \epsilon}
+
+        with the mean over `metaopt.perparameter.norm_axes`. Kernels that run whole windows then make that step themselves.
+        """
         return None
 
     @abstractmethod
@@ -97,7 +110,7 @@ class PerParameterRule(LearnedRule):
     @cached_property
     def kernel_step(self) -> Step:
         """What kernels depend on."""
-        return Step(self.features, self.magnitude, self.has_own_finish)
+        return Step(self.features, self.magnitude, self.has_own_finish, self.direction_eps)
 
     def init(self, params: Params, info: Mapping[str, ParamInfo], theta: Theta) -> State:
         """See the class."""
@@ -116,6 +129,10 @@ class PerParameterRule(LearnedRule):
         """Whether `update_copies` can update copies of ``params`` [K, *shape], some by a kernel at least."""
         mine, _ = self.shares(params, info)
         return any(kernels.reaches(self.features, param.shape[1:], param) for param in mine.values())
+
+    def prepares_all_ahead(self, info: Mapping[str, ParamInfo]) -> bool:
+        """Whether the network steps every parameter, and all steps of a window can be prepared before the first."""
+        return self.prepares_ahead and all(map(self.takes, info.values()))
 
     def read_by_prepare(self, state: State, names: Iterable[str]) -> State:
         """What `prepare` sees of the state of these parameters."""
@@ -233,18 +250,54 @@ class PerParameterRule(LearnedRule):
         stacked = {"state": state, "params": params} | ({} if dims[0] is None else {"theta": theta})
         leaves = [*tree.leaves(stacked), *_time(ctx)]
         varying = {name: dim for name, dim in dims[1].items() if dim is not None}
-        found: list[Prepared] = []
 
-        def prepare(own_hp: HyperValues, *leaves: Tensor) -> tuple[Tensor, ...]:
+        def prepare(own_hp: HyperValues, *leaves: Tensor) -> Prepared:
             rest = iter(leaves)
             own = {"theta": theta} | tree.map_tree(lambda _: next(rest), stacked)
-            found.append(self.prepare(**own, hp={**hp, **own_hp}, ctx=_at(ctx, tuple(rest))))
-            return tuple(found[0].distinct().values())
+            return self.prepare(**own, hp={**hp, **own_hp}, ctx=_at(ctx, tuple(rest)))
 
         in_dims: Any = (varying, *(0,) * len(leaves)) if varying else 0  # one number is quicker to read
-        values = torch.vmap(prepare, in_dims)({name: hp[name] for name in varying}, *leaves)
-        of_copies = dict(zip(found[0].distinct(), values, strict=True))
-        return found[0].map(lambda value: of_copies[id(value)])
+        return _mapped(prepare, in_dims, {name: hp[name] for name in varying}, *leaves)
+
+    def prepare_window(
+        self, theta: Theta, params: Params, hp: HyperValues, ctx: Context, dims: tuple[Any, Any], steps: int
+    ) -> Prepared:
+        """What `prepare` makes of ``steps`` steps of K copies: every tensor [T, K, ...], expanded where it stays the same.
+
+        Args:
+            theta: as for `update_copies`; of a rule with ``prepares_ahead``.
+            params: [K, *shape] each.
+            hp: as for `update_copies`.
+            ctx: its step, of the first update, and horizon are [K].
+            dims: as for `update_copies`.
+            steps: T.
+        """
+        assert ctx.step is not None
+        counts = ctx.step + torch.arange(steps, device=ctx.step.device)[:, None]
+        unread = {
+            name: torch.empty_like(param, dtype=compute_dtype(param.dtype), device="meta")
+            for name, param in params.items()
+        }
+        ctx = replace(ctx, loss=torch.empty(ctx.step.shape, device="meta"))
+
+        def prepare(step: Tensor) -> Prepared:
+            state: State = {name: {"step": step} for name in params}
+            return self._prepare_copies(theta, state, unread, hp, replace(ctx, step=step), dims)
+
+        return _mapped(prepare, 0, counts)
+
+
+def _mapped(prepare: Callable[..., Prepared], in_dims: Any, *arguments: Any) -> Prepared:
+    """``prepare`` under vmap, which hands back each object once."""
+    found: list[Prepared] = []
+
+    def distinct(*arguments: Any) -> tuple[Tensor, ...]:
+        found.append(prepare(*arguments))
+        return tuple(found[0].distinct().values())
+
+    values = torch.vmap(distinct, in_dims)(*arguments)
+    of_all = dict(zip(found[0].distinct(), values, strict=True))
+    return found[0].map(lambda value: of_all[id(value)])
 
 
 def _time(ctx: Context) -> tuple[Any, Any, Any]:

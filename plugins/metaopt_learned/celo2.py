@@ -53,6 +53,7 @@ class Celo2Base(PerParameterRule):
     u is multiplied by the parameter's RMS first. Celo2Base of celo (https://github.com/amoudgl/celo); Moudgil et al.
     """
 
+    prepares_ahead = True
     lr: float = learning_rate(1e-3, search=(1e-4, 1e-2))
     weight_decay: float = hyper(0.0, 0.0, scale="log", search=(1e-4, 1.0), doc="decoupled, times lr")
     hidden: int = option(8, low=1, doc="width H of both hidden layers")
@@ -77,6 +78,13 @@ class Celo2Base(PerParameterRule):
     def magnitude(self) -> float | None:
         """The constant in the exponent, if there is one."""
         return self.magnitude_scale or None
+
+    @property
+    def direction_eps(self) -> float | None:
+        """That of the norm, if no more is done to the direction."""
+        own = type(self)
+        changed = own.shaped is not Celo2Base.shaped or own.finish is not Celo2Base.finish
+        return None if changed or self.param_scale else NORM_EPS
 
     def init_theta(self, generator: Generator) -> Theta:
         """Truncated normal weights of variance 1 / fan-in, zero biases."""

@@ -41,6 +41,7 @@ class TimedMLP(PerParameterRule):
     step_scale: float = option(0.001, doc="constant c of the step")
     magnitude_scale: float = option(0.001, doc="constant k in the exponent")
     outputs: ClassVar[int] = 2
+    prepares_ahead = True
 
     @property
     def magnitude(self) -> float:
