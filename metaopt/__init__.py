@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metaopt.eight_bit import EightBitState
     from metaopt.evaluate.race import race
     from metaopt.export import write_module
     from metaopt.hookspecs import Spec, hookimpl
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chain",
     "Context",
+    "EightBitState",
     "ElementwiseRule",
     "GradientTransform",
     "LearnedRule",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "metaopt.eight_bit": "EightBitState",
     "metaopt.evaluate": "race",
     "metaopt.export": "write_module",
     "metaopt.hookspecs": "Spec hookimpl",

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from metaopt.dense.cpp import dense_gradients, dense_unroll
 from metaopt.dense.network import DenseNetwork
-from metaopt.kernels import Dtypes
+from metaopt.kernels import BlockwiseStep, Dtypes
 from metaopt.perparameter.cpp import fused_step, supports
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
 from metaopt.program.cpp import CppStep, compile_cpp
 from metaopt.program.program import Program
+from metaopt.replacing import Replacement
 from metaopt.rule import Params, State
 
 
 class CppKernels:
     """See `metaopt.kernels.Kernels`."""
 
+    of_matrices: Mapping[str, Replacement] = {}  # torch's own products are as good
+
     def elementwise(self, program: Program, dtypes: Dtypes, out_of_place: bool = False) -> CppStep | None:
         """See `compile_cpp`."""
         return compile_cpp(program, *dtypes, out_of_place)
+
+    def blockwise(
+        self, program: Program, signed: Sequence[bool], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> BlockwiseStep | None:
+        """None: torch operations read and write 8 bits, C++ steps what they stand for."""
+        return None
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
         """See `supports`."""

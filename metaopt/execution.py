@@ -11,12 +11,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaopt.kernels import Columns, Dtypes, ElementwiseStep, Kernels, kernels_of
-from metaopt.learned import BoundRule
+from metaopt.constants import Constants
+from metaopt.eight_bit import Blockwise, EightBitState
+from metaopt.kernels import BlockwiseStep, Columns, Dtypes, ElementwiseStep, Kernels, kernels_of
+from metaopt.learned import BoundRule, Theta
 from metaopt.perparameter.in_place import step_in_place
 from metaopt.perparameter.rule import PerParameterRule
 from metaopt.program.inplace import compile_in_place
 from metaopt.program.program import Program
+from metaopt.replacing import Replacement
 from metaopt.rule import (
     Context,
     GradientTransform,
@@ -61,9 +64,12 @@ class Work(NamedTuple):
 
     def of(self, names: Container[str]) -> Work:
         """What of it concerns these parameters."""
-        own = [i for i, name in enumerate(self.names) if name in names]
+        return self.at([i for i, name in enumerate(self.names) if name in names])
+
+    def at(self, own: Sequence[int]) -> Work:
+        """What of it concerns the parameters at these positions."""
         return self._replace(
-            names=[self.names[i] for i in own],
+            names=[self.names[i] for i in own if self.names],
             params=[self.params[i] for i in own],
             grads=[self.grads[i] for i in own],
             states=[self.states[i] for i in own],
@@ -155,9 +161,79 @@ def _run_kernel(kernel: ElementwiseStep, columns: Columns, coefficients: Mapping
     return [*zip(*left, strict=True)] if left else [[] for _ in columns]
 
 
+def matrix_kernels(execution: Execution, work: Sequence[Work]) -> Mapping[str, Replacement]:
+    """What replaces functions of matrices in a step of ``work``, for those who ask for kernels."""
+    params = [p for one in work for p in one.params]
+    found = _kernels(execution, params) if len({p.device for p in params}) == 1 else None
+    return {} if found is None else found.of_matrices
+
+
 def _plain(params: Iterable[Tensor]) -> bool:
     """Whether the elements are where ``data_ptr`` points; a subclass (DTensor, a fake tensor) may keep them elsewhere."""
     return {*map(type, params)} <= {Tensor, nn.Parameter}
+
+
+# --- elementwise rules whose state is kept in 8 bits, in place --------------------------------------------------------
+
+
+class EightBitExecutor:
+    """In-place steps of an `EightBitState`: by a kernel, or parameter by parameter between reading and writing 8 bits.
+
+    Args:
+        rule: whose steps.
+        execution: as for `Executor`, which steps what has no codes, and what the codes stand for.
+    """
+
+    def __init__(self, rule: EightBitState, execution: Execution) -> None:
+        self.rule, self.execution = rule, execution
+        self._program = rule.rule.program
+        self._wide = Executor(self._program, execution)
+        self._kernels: dict[tuple[Any, ...], BlockwiseStep | None] = {}
+
+    def step(self, work: Work) -> None:
+        """Step every parameter of ``work``; those with codes that share step count, device and dtypes together."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for i, (p, grad, state) in enumerate(zip(work.params, work.grads, work.states, strict=True)):
+            coded = any(f"{slot}_absmax" in state for slot in self.rule.rule.slots)
+            key = (state["step"], p.device, p.dtype, grad.dtype) if coded else ()
+            alike.setdefault(key, []).append(i)
+        for key, members in alike.items():
+            some = work.at(members)
+            if key and not self._step_by_kernel(some, key[0]):
+                for i in range(len(members)):
+                    self._step_wide(some.at([i]))
+            elif not key:
+                self._wide.step(some)
+
+    def _step_by_kernel(self, work: Work, step: int) -> bool:
+        """Whether a kernel took all of it."""
+        kernels = _kernels(self.execution, work.params)
+        if kernels is None:
+            return False
+        p, grad = work.params[0], work.grads[0]
+        key = p.device.type, p.dtype, grad.dtype
+        if key not in self._kernels:
+            signed = [self.rule.is_signed(slot) for slot in self.rule.rule.slots]
+            self._kernels[key] = kernels.blockwise(self._program, signed, key[1:])
+        kernel = self._kernels[key]
+        slots = [
+            [Blockwise(state[slot], state[f"{slot}_absmax"]) for state in work.states] for slot in self.rule.rule.slots
+        ]
+        if kernel is None or not kernel.fits(work.params, work.grads, slots):
+            return False
+        kernel(work.params, work.grads, slots, self._program.scalar_values({**flat_hp(work.hp), "t": step + 1}))
+        count_step([work])
+        return True
+
+    def _step_wide(self, work: Work) -> None:
+        """One parameter."""
+        (param,), (state,) = work.params, work.states
+        wide = self.rule.read(state, compute_dtype(param.dtype))
+        self._wide.step(work._replace(states=[wide]))
+        new = self.rule.stored(wide)
+        state["step"] = new.pop("step")
+        for slot, value in new.items():
+            state[slot].copy_(value)
 
 
 # --- learned rules with a per-parameter network, in place -------------------------------------------------------------
@@ -176,6 +252,8 @@ class NetworkExecutor:
         assert isinstance(rule.learned, PerParameterRule)
         self.rule, self.learned, self.execution = rule, rule.learned, execution
         self._other: Executor | None = None
+        self._theta: dict[torch.device, Theta] = {}
+        self._constants = Constants()
 
     def step(self, work: Sequence[Work], foreign: set[str], loss: Any, horizon: int | None) -> None:
         """Step every parameter of ``work``; ``foreign`` are slots that are not the rule's."""
@@ -189,8 +267,13 @@ class NetworkExecutor:
         if mine:
             kernels = _kernels(self.execution, [*mine.values()])
             device = next(iter(mine.values())).device
-            theta = {name: value.to(device) for name, value in self.rule.theta.items()}
-            step_in_place(self.learned, theta, tree.grads, tree.state, mine, tree.hp, tree.ctx, kernels=kernels)
+            if device not in self._theta:
+                self._theta[device] = self.rule.to(device).theta
+            # a copy from the host, of theta or of a rule's numbers, would wait for all that is queued on a GPU
+            with nullcontext() if device.type == "cpu" else self._constants:
+                step_in_place(
+                    self.learned, self._theta[device], tree.grads, tree.state, mine, tree.hp, tree.ctx, kernels=kernels
+                )
             count_step([one.of(mine) for one in work])
         if rest:
             self._other = self._other or Executor(self.learned.other.program, self.execution)

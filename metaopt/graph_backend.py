@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt.backends import as_tensors, eager, flat_tensors, unrecorded
+from metaopt.constants import Constants
 from metaopt.inner_step import InnerStep
 from metaopt.learned import Theta
 from metaopt.random import step_keys
@@ -102,7 +102,7 @@ class _Recording(NamedTuple):
     """
 
     inputs: list[Tensor]
-    constants: _Constants
+    constants: Constants
     made: dict[str, Any]
     replay: Callable[[], None]
 
@@ -116,7 +116,7 @@ class _Recording(NamedTuple):
 def _recording(step: InnerStep, record: Record, given: Any) -> _Recording | None:
     """The window of `given`'s layout, recorded; None, and one logged line, where it cannot be."""
     fixed = _map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), given)
-    constants = _Constants()
+    constants = Constants()
 
     def run() -> dict[str, Any]:
         with constants:
@@ -155,32 +155,6 @@ def window(
         "losses": torch.stack(losses, 1), "params": params, "state": state, "buffers": buffers, "step": count,
         "alive": alive,
     }  # fmt: skip
-
-
-class _Constants(TorchFunctionMode):
-    """Tensors of Python numbers are copied from the host once, and from then on on the device, as a graph demands."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[str, Tensor] = {}
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is Tensor.new_tensor:
-            like, *args = args
-            function, kwargs = torch.tensor, {"dtype": like.dtype, "device": like.device, **kwargs}
-        if function not in (torch.tensor, torch.as_tensor) or not _is_numbers(args[0]):
-            return function(*args, **kwargs)
-        key = f"{function.__name__} {args} {kwargs}"
-        if key not in self._made:
-            self._made[key] = function(*args, **kwargs)
-        return self._made[key].clone()  # whoever asked for a fresh tensor may write to it
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, list | tuple) and all(map(_is_numbers, value)))
 
 
 @contextmanager

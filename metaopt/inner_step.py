@@ -13,6 +13,7 @@ from metaopt import tree
 from metaopt.kernels import ElementwiseStep, Kernels
 from metaopt.learned import BoundRule, Theta
 from metaopt.perparameter import PerParameterRule
+from metaopt.replacing import replacing
 from metaopt.rule import Context, ElementwiseRule, Params, State, UpdateRule, flat_hp
 from metaopt.task import Batch, Task
 
@@ -93,9 +94,10 @@ class InnerStep:
         buffers: Params, batch: Batch, *time: Tensor,
     ) -> tuple[Tensor, Params, State, Params, Tensor]:  # fmt: skip
         """The rest of a step of all copies after `gradients`."""
-        new = self._fused_update(grads, loss, theta, hp, params, state, *time)
-        if new is None:
-            new = self._update_all(grads, loss, theta, hp, params, state, buffers, batch, *time)
+        with replacing({} if self.kernels is None else self.kernels.of_matrices):
+            new = self._fused_update(grads, loss, theta, hp, params, state, *time)
+            if new is None:
+                new = self._update_all(grads, loss, theta, hp, params, state, buffers, batch, *time)
         return with_finite(loss, *new, new_buffers)
 
     def fused(self, params: Params, state: State, in_place: bool = False) -> ElementwiseStep | None:

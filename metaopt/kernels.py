@@ -16,9 +16,11 @@ from torch import Tensor
 
 from metaopt import registry
 from metaopt.dense.network import DenseNetwork
+from metaopt.eight_bit import Blockwise
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
 from metaopt.program.program import Program
+from metaopt.replacing import Replacement
 from metaopt.rule import Params, State
 
 Columns = Sequence[Sequence[Tensor]]
@@ -41,13 +43,46 @@ class ElementwiseStep(Protocol):
         """New parameters and slots of contiguous tensors [K, ...]; a coefficient is a number or a float64 tensor [K]."""
 
 
+class BlockwiseStep(Protocol):
+    """One step of a `Program` over many tensors whose slots are kept in 8 bits."""
+
+    def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Sequence[Blockwise]]) -> bool:
+        """Whether the step may run in place on these; ``slots``: for each slot of the program one per parameter."""
+
+    def __call__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        slots: Sequence[Sequence[Blockwise]],
+        coefficients: Mapping[str, float],
+    ) -> None:
+        """Update parameters and slots in place; gradients are only read."""
+
+
 class Kernels(Protocol):
-    """The fused passes of one kind of device, registered under its name (``cpu``, ``cuda``)."""
+    """The fused passes of one kind of device, registered under its name (``cpu``, ``cuda``).
+
+    Attributes:
+        of_matrices: what may replace a function of `metaopt.matrix`, by its name: see `metaopt.replacing`.
+    """
+
+    of_matrices: Mapping[str, Replacement]
 
     def elementwise(self, program: Program, dtypes: Dtypes, out_of_place: bool = False) -> ElementwiseStep | None:
         """The step of a program; tensors are stored in ``dtypes`` and computed in float32, or float64 if parameters are.
 
         ``out_of_place``: the step's `ElementwiseStep.copies` will be called, else the step itself.
+        """
+
+    def blockwise(
+        self, program: Program, signed: Sequence[bool], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> BlockwiseStep | None:
+        """The step of a program whose slots are kept in 8 bits (`metaopt.eight_bit`) and computed in float32.
+
+        Args:
+            program: what to run.
+            signed: for each slot, whether it may be negative.
+            dtypes: of parameters and gradients.
         """
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:

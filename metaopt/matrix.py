@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metaopt.replacing import replaceable
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b and c of `newton_schulz`."""
 
 
+@replaceable
 def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
     """Approximately orthogonalise ``matrices`` [..., m, n]: singular values are moved to about 0.7 .. 1.2.
 

@@ -336,10 +336,12 @@ class ElementwiseRule(TensorRule):
     Write `elementwise` with operators and ``torch.sqrt, sign, abs, exp, log, tanh, maximum, minimum, where, ...`` only:
     no shapes, no in-place, no branch on tensor values, no ``self.lr`` (hyperparameters are arguments; options may be
     read from ``self``). Of a whole tensor there are ``x.norm()`` and ``x.mean()``: a rule that uses them steps tensor by
-    tensor, without kernels. ``slots`` names the state tensors, which start at zero unless `init_slot` says otherwise.
+    tensor, without kernels. ``slots`` names the state tensors, which start at zero unless `init_slot` says otherwise;
+    ``nonnegative`` those of them that never are below zero, which `EightBitState` keeps with twice the resolution.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
+    nonnegative: ClassVar[tuple[str, ...]] = ()
 
     def coefficients(self, hp: HyperValues, t: Any) -> dict[str, Any]:
         """All scalar arithmetic (bias corrections, lr times decay); ``hp`` and ``t`` may be floats, tensors or symbols.

@@ -7,13 +7,16 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, distributed, nn
 
+from metaopt.eight_bit import EightBitState
 from metaopt.execution import (
     EXECUTIONS,
+    EightBitExecutor,
     Execution,
     Executor,
     NetworkExecutor,
@@ -21,11 +24,13 @@ from metaopt.execution import (
     Work,
     count_step,
     fresh_state,
+    matrix_kernels,
     step_plain,
     transformed,
 )
 from metaopt.learned import BoundRule
 from metaopt.perparameter.rule import PerParameterRule
+from metaopt.replacing import replacing
 from metaopt.resolve import resolve_rule
 from metaopt.roles import module_groups
 from metaopt.rule import ROLES, Chain, Declared, ElementwiseRule, GradientTransform, UpdateRule
@@ -77,7 +82,7 @@ class _Variant(NamedTuple):
 
     whole: UpdateRule
     inner: UpdateRule
-    executor: Executor | NetworkExecutor | None
+    executor: Executor | EightBitExecutor | NetworkExecutor | None
 
     @property
     def is_direct(self) -> bool:
@@ -290,8 +295,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         alike: dict[tuple[Any, ...], list[Work]] = {}
         for one in work:
             alike.setdefault(tuple([one.group[name] for name in self._options]), []).append(one)
-        for same in alike.values():
-            self._step_alike(same, foreign, closure if "closure" in self._needed else None, seen)
+        with replacing(matrix_kernels(self.execution, work)) if self.execution == "fused" else nullcontext():
+            for same in alike.values():
+                self._step_alike(same, foreign, closure if "closure" in self._needed else None, seen)
         return loss if closure is not None else None
 
     def _only_asks_for_state(self) -> bool:
@@ -366,14 +372,17 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._variants[values] = _Variant(whole, inner, self._executor(inner))
         return self._variants[values]
 
-    def _executor(self, rule: UpdateRule) -> Executor | NetworkExecutor | None:
+    def _executor(self, rule: UpdateRule) -> Executor | EightBitExecutor | NetworkExecutor | None:
         if self.execution == "plain":
             return None
         if isinstance(rule, BoundRule) and isinstance(rule.learned, PerParameterRule):
             return NetworkExecutor(rule, self.execution)
-        if isinstance(rule, ElementwiseRule) and rule.program.reach == "element":
-            return Executor(rule.program, self.execution)
-        return None
+        inner = rule.rule if isinstance(rule, EightBitState) else rule
+        if not isinstance(inner, ElementwiseRule) or inner.program.reach != "element":
+            return None
+        if isinstance(rule, EightBitState):
+            return EightBitExecutor(rule, self.execution)
+        return Executor(inner.program, self.execution)
 
     def _step_alike(self, work: list[Work], foreign: set[str], closure: Callable[[], Any] | None, loss: Any) -> None:
         """Step groups that share their options."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from measure import Row, attempt, print_rows, seconds
+from measure import Row, attempt, launches, print_rows, seconds
 
 from metaopt import registry
 from metaopt.rule import UpdateRule
@@ -37,8 +37,12 @@ def speed(task: Task, rule: UpdateRule, copies: int, steps: int, backend: str, b
     if backend not in registry.specs("unroll_backend"):
         return {"skipped": f"no back-end {backend!r} is installed"}
     carry = start(task, rule, list(range(copies)))
-    rate = copies * steps / seconds(lambda: unroll(task, rule, carry, steps, backend=backend), task.device, budget)
-    return {"steps_per_second": rate, "flop_per_second": rate * FLOP_PER_STEP}
+
+    def window() -> object:
+        return unroll(task, rule, carry, steps, backend=backend)
+
+    rate = copies * steps / seconds(window, task.device, budget)
+    return {"steps_per_second": rate, "flop_per_second": rate * FLOP_PER_STEP, "launches": launches(window)}
 
 
 def rows(device: torch.device, small: bool) -> Iterator[Row]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,25 @@ def seconds(call: Callable[[], object], device: torch.device, budget: float) -> 
     round_of(2)  # compiles, fills caches
     calls = max(1, round(budget / ROUNDS / round_of(2)))
     return statistics.median(round_of(calls) for _ in range(ROUNDS))
+
+
+def launches(call: Callable[[], object]) -> dict[str, int]:
+    """How often one call launches each Triton kernel: none where torch operations did the work, or the interpreter."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return {}
+    found: Counter[str] = Counter()
+
+    def count(launch: Any) -> None:
+        found[launch.get()["name"]] += 1
+
+    knobs.runtime.launch_enter_hook.add(count)
+    try:
+        call()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(count)
+    return dict(found)
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from measure import Row, attempt, copy_bandwidth, print_rows, seconds
+from measure import Row, attempt, copy_bandwidth, launches, print_rows, seconds
 from step import Named, gpt
 from torch import nn
 
 import metaopt
-from metaopt import registry
+from metaopt import EightBitState, registry
 from metaopt.execution import Execution
 
 LEARNED = {"small_fc_lopt": {"hidden": 32}, "celo2": {}, "velo": {}}
@@ -26,6 +26,9 @@ def contenders(device: torch.device) -> dict[str, Make]:
     made: dict[str, Make] = {
         "torch fused AdamW": lambda named: torch.optim.AdamW(named, fused=True),
         "adamw": lambda named: metaopt.optimizer("adamw", named, execution=execution),
+        "adamw, 8-bit state": lambda named: metaopt.optimizer(
+            EightBitState(registry.create("optimizer", "adamw")), named, execution=execution
+        ),
         "lion": lambda named: metaopt.optimizer("lion", named, execution=execution),
     }
     for name, options in LEARNED.items():
@@ -49,9 +52,13 @@ def rows(device: torch.device, small: bool) -> Iterator[Row]:
                 p.grad = torch.randn_like(p)
             optimizer = make(named)
             loss = torch.ones((), device=device)
+
+            def step() -> object:
+                return optimizer.step(lambda: loss)
+
             found: Row = {
                 "parameters": sum(p.numel() for _, p in named), "tensors": len(named),
-                "seconds": seconds(lambda: optimizer.step(lambda: loss), device, 0.01 if small else 2.0),
+                "seconds": seconds(step, device, 0.01 if small else 2.0), "launches": launches(step),
             }  # fmt: skip
             fused = found["seconds"] if name == "torch fused AdamW" else fused
             found["over_torch_fused"] = found["seconds"] / fused

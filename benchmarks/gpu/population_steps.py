@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from measure import Row, attempt, print_rows, seconds
+from measure import Row, attempt, launches, print_rows, seconds
 from population import mutants, scalars, start
 
 from metaopt.program.population import PopulationStep, encode
@@ -24,7 +24,11 @@ def speed(device: torch.device, programs: int, runs: int, size: int, budget: flo
     step = Step(population, of_run)
     params, grads, slots = start(population, runs, size, device)
     numbers = population.numbers(of_run, scalars(1))[0]
-    return {"steps_per_second": runs / seconds(lambda: step(params, grads, slots, numbers), device, budget)}
+
+    def once() -> object:
+        return step(params, grads, slots, numbers)
+
+    return {"steps_per_second": runs / seconds(once, device, budget), "launches": launches(once)}
 
 
 def rows(device: torch.device, small: bool) -> Iterator[Row]:

@@ -1,15 +1,6 @@
-"""Optimizer state in 8 bits: blocks of 256 elements, each with codes of its own scale, and steps that read and write them.
+"""Steps of elementwise rules that keep their state in 8 bits: `metaopt.eight_bit` says what a block and a code are.
 
-Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861): a block is divided by
-its largest magnitude (``absmax``), and each element becomes the code of the nearest number of a map. A code of the map is::
-
-    signed:    sign | E zeros | 1 | 6 - E bits of fraction
-    unsigned:         E zeros | 1 | 7 - E bits of fraction        E = 0 .. 6, for slots that are never negative
-
-and says 10^-E times the middle of its bin of [0.1, 1], which the fraction divides evenly. Two codes are left: all zeros is 0,
-and the other (signed: a sign without magnitude; unsigned: E = 7) is 1, so that a block's largest element is exact if positive.
-An element between absmax and 0.1 absmax is off by at most 0.71 % of absmax signed, 0.36 % unsigned; each decade below, down
-to 1e-7 absmax, by a fifth of that of the one above.
+Codes here are computed, not searched for: nearest numbers but for a rounding of float32 in the middle between two.
 """
 
 # Triton compiles some of these functions, and finds their types itself.
@@ -20,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metaopt import registry
+from metaopt.eight_bit import BLOCK, Blockwise, dynamic_map
 from metaopt.program.columns import are_flat
 from metaopt.program.cpp import identifiers
 from metaopt.program.program import Program
@@ -36,61 +28,10 @@ from metaopt_kernels.source import load_module
 from metaopt_kernels.statements import IMPORTS, TYPES, indented, rounded, statements
 from metaopt_kernels.tables import DEVICE, on_device, table
 
-BLOCK = 256
-"""Elements with one absmax."""
-
 ROWS = 4
 """Blocks of one program: 1024 elements, two loads of 16 bytes per thread where they are float32."""
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # torch rounds after each operation
-
-
-class Blockwise(NamedTuple):
-    """A tensor in 8 bits.
-
-    Attributes:
-        codes: uint8, of the tensor's shape, contiguous.
-        absmax: float32 [ceil(elements / 256)].
-    """
-
-    codes: Tensor
-    absmax: Tensor
-
-
-# -- the reference -----------------------------------------------------------------------------------------------------
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """The number in [-1, 1] of every code, float64 [256]."""
-    top = 6 if signed else 7
-    sizes = [0.0] * (128 if signed else 256)
-    for zeros in range(7):
-        bins = 2 ** (top - zeros)
-        for fraction in range(bins):
-            sizes[bins + fraction] = 10.0**-zeros * (0.1 + 0.9 * (fraction + 0.5) / bins)
-    if signed:
-        return torch.tensor([*sizes, 1.0, *(-size for size in sizes[1:])], dtype=torch.float64)
-    sizes[1] = 1.0
-    return torch.tensor(sizes, dtype=torch.float64)
-
-
-def reference_quantise(values: Tensor, signed: bool) -> Blockwise:
-    """`quantise` by torch operations, with a search in the sorted map."""
-    flat = values.detach().reshape(-1).to(torch.float32)
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
-    absmax = blocks.abs().amax(1)  # NaN if any is
-    numbers, codes = dynamic_map(signed).to(flat.device).sort()
-    middles = ((numbers[1:] + numbers[:-1]) / 2).to(torch.float32)
-    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
-    found = codes[torch.searchsorted(middles, torch.where(scaled.isnan(), 0.0, scaled))].to(torch.uint8)
-    return Blockwise(found.reshape(-1)[: len(flat)].reshape(values.shape), absmax)
-
-
-def reference_dequantise(stored: Blockwise, signed: bool) -> Tensor:
-    """`dequantise` by torch operations."""
-    numbers = dynamic_map(signed).to(stored.codes.device, torch.float32)[stored.codes.reshape(-1).long()]
-    scales = stored.absmax.repeat_interleave(BLOCK)[: len(numbers)]
-    return (numbers * scales).reshape(stored.codes.shape)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

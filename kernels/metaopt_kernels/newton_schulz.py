@@ -50,14 +50,14 @@ def orthogonalise(  # type: ignore[no-untyped-def]
         tl.store(to, x, inside)
 
 
-def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float, precision: str = "ieee") -> Tensor | None:
+def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float, precision: str | None = None) -> Tensor | None:
     """`metaopt.matrix.newton_schulz` of matrices that fit on the chip; nothing is recorded for autograd.
 
     Args:
         matrices: [..., m, n] float32 or bfloat16, of any strides.
         steps: iterations.
         eps: added to the Frobenius norm; broadcasts against [..., 1, 1].
-        precision: a key of `WIDEST`.
+        precision: a key of `WIDEST`; None: what ``torch.set_float32_matmul_precision`` allows, as it is "ieee".
 
     Returns:
         [..., m, n] in the dtype of ``matrices``; None for other dtypes, a longer side than `WIDEST`, and no elements.
@@ -65,6 +65,8 @@ def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float, precision: 
     Raises:
         ValueError: a precision that is none.
     """
+    if precision is None:
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if precision not in WIDEST:
         raise ValueError(f"precision must be one of {', '.join(WIDEST)}, got {precision!r}")
     *stack, m, n = matrices.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from metaopt.dense.network import DenseNetwork
@@ -11,20 +12,31 @@ from metaopt.kernels import Dtypes
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
 from metaopt.program.program import Program
+from metaopt.replacing import Replacement
 from metaopt.rule import Params, State
+from metaopt_kernels.blockwise import BlockwiseStep, blockwise_step
 from metaopt_kernels.dense import dense_gradients
 from metaopt_kernels.dense_unroll import dense_unroll
 from metaopt_kernels.elementwise import TritonStep, elementwise
 from metaopt_kernels.network_step import fused_step, supports
 from metaopt_kernels.network_unroll import network_unroll
+from metaopt_kernels.newton_schulz import newton_schulz
 
 
 class TritonKernels:
     """See `metaopt.kernels.Kernels`."""
 
+    of_matrices: Mapping[str, Replacement] = {"newton_schulz": newton_schulz}
+
     def elementwise(self, program: Program, dtypes: Dtypes, out_of_place: bool = False) -> TritonStep | None:
         """See `metaopt_kernels.elementwise`; one step does both."""
         return elementwise(program, dtypes)
+
+    def blockwise(
+        self, program: Program, signed: Sequence[bool], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> BlockwiseStep | None:
+        """See `metaopt_kernels.blockwise.blockwise_step`."""
+        return blockwise_step(program, signed, dtypes)
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
         """See `metaopt_kernels.network_step.supports`."""

@@ -12,13 +12,14 @@ from metaopt.learned import Theta
 from metaopt.perparameter.chunked import step_in_chunks
 from metaopt.perparameter.features import ACCUMULATORS, Slots
 from metaopt.perparameter.rule import PerParameterRule, Prepared
+from metaopt.perparameter.table import is_kernel
 from metaopt.rule import Context, HyperValues, Params, State, compute_dtype
 
 if TYPE_CHECKING:  # the contract of kernels speaks of these rules
     from metaopt.kernels import Kernels
 
 _BATCH = 1 << 20
-"""Elements that a kernel steps in one call, at most unless one parameter has more: of so many there may be copies at once."""
+"""Elements of which one call of a kernel may make copies, or outputs, at most unless one parameter has more."""
 
 
 def step_in_place(
@@ -58,9 +59,10 @@ def step_in_place(
         share = prepared.layers[name], prepared.scale[name], prepared.keep[name]
         t = ctx.updates_of(state[name]) + 1
         step_in_chunks(rule, prepared.decays, *share, grads[name], params[name], _accumulators(state[name]), t)
-    for name, memory in prepared.memory.items():
-        for slot, value in memory.items():
-            state[name][slot].copy_(value)
+    places = [(name, slot) for name, slots in prepared.memory.items() for slot in slots]
+    if places:
+        old = [state[name][slot] for name, slot in places]
+        torch._foreach_copy_(old, [prepared.memory[name][slot] for name, slot in places])
 
 
 def _in_reach(kernels: Kernels, rule: PerParameterRule, param: Tensor, slots: Slots) -> bool:
@@ -85,7 +87,7 @@ def _step_by_kernel(
     of_one_copy = {key: value.unsqueeze(0) for key, value in prepared.distinct().items()}
     stacked = prepared.map(lambda value: of_one_copy[id(value)])
     refused: list[str] = []
-    for batch in _batches(names, params):
+    for batch in _batches(rule, names, grads, params):
         # as they are where possible, else copies to be written back
         wide = {n: params[n].detach().to(compute_dtype(params[n].dtype)).contiguous().unsqueeze(0) for n in batch}
         old = {n: {slot: value.unsqueeze(0) for slot, value in _accumulators(state[n]).items()} for n in batch}
@@ -105,7 +107,7 @@ def _step_by_kernel(
     return refused
 
 
-def _batches(names: Sequence[str], params: Params) -> Iterator[list[str]]:
+def _batches(rule: PerParameterRule, names: Sequence[str], grads: Params, params: Params) -> Iterator[list[str]]:
     """The names in lists of one dtype to compute in."""
     dtypes: dict[torch.dtype, list[str]] = {}
     for name in names:
@@ -114,11 +116,16 @@ def _batches(names: Sequence[str], params: Params) -> Iterator[list[str]]:
         batch: list[str] = []
         elements = 0
         for name in alike:
-            if batch and elements + params[name].numel() > _BATCH:
+            param, grad = params[name], grads[name]
+            as_it_is = param.dtype == compute_dtype(param.dtype) == grad.dtype
+            as_it_is = as_it_is and param.is_contiguous() and grad.is_contiguous()
+            split = is_kernel(rule.features, param.shape)
+            made = param.numel() if rule.has_own_finish or split or not as_it_is else 0
+            if batch and elements + made > _BATCH:
                 yield batch
                 batch, elements = [], 0
             batch.append(name)
-            elements += params[name].numel()
+            elements += made
         yield batch
 
 

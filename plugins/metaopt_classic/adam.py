@@ -52,6 +52,7 @@ class Adam(ElementwiseRule):
     eps: float = hyper(1e-8, **_EPS)
     weight_decay: float = hyper(0.0, 0.0, scale="log", search=(1e-6, 1e-2), doc="L2 penalty")
     slots = ("exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
 
     def coefficients(self, hp: HyperValues, t: Any) -> dict[str, Any]:
         """Bias corrections; see the class."""
@@ -85,6 +86,7 @@ class AdamW(ElementwiseRule):
     eps: float = hyper(1e-8, **_EPS)
     weight_decay: float = hyper(1e-2, 0.0, scale="log", search=(1e-4, 1.0), doc="decoupled, times lr")
     slots = ("exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
 
     def coefficients(self, hp: HyperValues, t: Any) -> dict[str, Any]:
         """Bias corrections and decay; see the class."""
@@ -115,6 +117,7 @@ class AMSGrad(ElementwiseRule):
     weight_decay: float = hyper(0.0, 0.0, scale="log", search=(1e-6, 1.0), doc="decoupled (times lr) or L2")
     decoupled: bool = option(True, choices=(False, True), doc="weight decay as in AdamW (True) or as in Adam (False)")
     slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    nonnegative = ("exp_avg_sq", "max_exp_avg_sq")
 
     def coefficients(self, hp: HyperValues, t: Any) -> dict[str, Any]:
         """Bias corrections and both kinds of decay; see the class."""

@@ -18,7 +18,7 @@ from metaopt_learned.recurrent import (
     init_linear,
     init_mixing_lstm,
     linear,
-    mean_square,
+    mean_squares,
     mixing_lstm,
     mixing_lstm_from_original,
     progress_features,
@@ -65,7 +65,7 @@ class Celo(TensorScaledRule):
         theta = for_params(theta, params)
         like = theta["lstm.hidden"]
         network = tuple((theta[f"mlp.w{i}"], theta[f"mlp.b{i}"]) for i in range(len(self.layer_sizes) - 1))
-        squares = torch.stack([mean_square(param) for param in params.values()])
+        squares = mean_squares(tuple(params.values()))
         multiplier = torch.ones_like(squares)
         memory: State = {}
         if self.phase == 2:

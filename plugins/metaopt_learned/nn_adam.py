@@ -90,8 +90,7 @@ class NNAdam(LearnedRule):
             step = rate * (1 + e) * m / (e + torch.sqrt(v + 1e-10))
             new_params[name] = (p - hp_of(hp, name)["lr"] * step).to(param.dtype)
             new_state[name] = {"step": state[name]["step"] + 1, "momentum": m, "rms": v}
-            about = [part for value in (g.abs(), g, m, p, v) for part in moments(value.unsqueeze(0))]
-            found.append(torch.cat(about))
+            found.append(torch.cat(moments([value.unsqueeze(0) for value in (g.abs(), g, m, p, v)]), 1).reshape(-1))
             kinds.append([1.0 if param.dim() == rank else -1.0 for rank in (1, 0)])
         statistics = torch.stack(found).to(controls.dtype), controls.new_tensor(kinds)
         row = rows(state, params, "hidden"), rows(state, params, "cell")

@@ -24,7 +24,7 @@ from metaopt_learned.recurrent import (
     linears_from_original,
     lstm,
     lstm_from_original,
-    mean_square,
+    mean_squares,
     moments,
     own,
     rows,
@@ -133,8 +133,8 @@ class RNNMLP(LearnedRule):
             outputs = run_layers(layers, inputs(self.features, param, grads[name], slots[name], decays))
             moved = 0.001 * hp_of(hp, name)["lr"] * outputs[0] * torch.exp(0.001 * outputs[1])
             new_params[name] = (param - moved).to(params[name].dtype)
-            written.append(moments(outputs[2:])[0])
-        memory["to_lstm"] = torch.stack(written).to(like.dtype)
+            written.append(outputs[2:])
+        memory["to_lstm"] = moments(written)[0].to(like.dtype)
         kept = unrows(params, memory)
         return new_params, {name: {"step": state[name]["step"] + 1, **slots[name], **kept[name]} for name in params}
 
@@ -164,8 +164,8 @@ class RNNMLP(LearnedRule):
         found, facts = [], []
         for name, param in params.items():
             values = (slots[name]["momentum"], slots[name]["rms"], param)
-            about = [part for value in values for part in moments(value.unsqueeze(0))]
-            found.append(torch.cat([torch.linalg.vector_norm(grads[name]).unsqueeze(0), *about]))
+            about = torch.cat(moments([value.unsqueeze(0) for value in values]), 1).reshape(-1)
+            found.append(torch.cat([torch.linalg.vector_norm(grads[name]).unsqueeze(0), about]))
             shape = tuple(param.shape) if self.layout == "jax" else (*param.shape[2:], *param.shape[1::-1])
             facts.append(
                 [1.0 if not shape else -1.0, *(math.log(max(size, 1)) - 1 for size in (*shape, 1, 1, 1, 1)[:4])]
@@ -214,5 +214,5 @@ def _clipped(grads: Params, clip: Tensor) -> tuple[Params, Tensor]:
         name: torch.minimum(torch.maximum(grad, -bound.to(grad.dtype)), bound.to(grad.dtype))
         for (name, grad), bound in zip(grads.items(), bounds, strict=True)
     }
-    now = torch.sqrt(1e-8 + torch.stack([mean_square(grad) for grad in found.values()]).mean()).to(clip.dtype)
+    now = torch.sqrt(1e-8 + mean_squares(tuple(found.values())).mean()).to(clip.dtype)
     return found, torch.stack([CLIP_DECAY * rms + (1 - CLIP_DECAY) * now, count + 1], 1)

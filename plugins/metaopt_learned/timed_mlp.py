@@ -81,7 +81,7 @@ def scale_and_keep(
     dtype = reduce(torch.promote_types, {param.dtype for param in params.values()}, like.dtype)
 
     def of(own: HyperValues) -> tuple[Tensor, Tensor]:
-        lr = torch.as_tensor(own["lr"], dtype=dtype, device=like.device)
+        lr = (like.new_ones((), dtype=dtype) * own["lr"]).to(dtype)  # a copy of the number would make the host wait
         return lr * step_scale, 1 - lr * own["weight_decay"]
 
     found = once(of, {name: hp_of(hp, name) for name in params})

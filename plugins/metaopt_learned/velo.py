@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from metaopt.learned import Theta
 from metaopt.perparameter import Features, PerParameterRule, Prepared, random_layers
-from metaopt.rule import Context, HyperValues, ParamInfo, Params, State, hp_of
+from metaopt.rule import Context, HyperValues, ParamInfo, Params, PerParameter, State
 from metaopt.space import hyper, option
 from metaopt_learned.feature_sets import FACTORED_DECAYS, MOMENTUM_DECAYS, RMS_DECAYS, VELO_BLOCKS, constant_decays
 from metaopt_learned.recurrent import (
@@ -22,7 +22,7 @@ from metaopt_learned.recurrent import (
     init_mixing_lstm,
     linear,
     linears_from_original,
-    mean_square,
+    mean_squares,
     mixing_lstm,
     mixing_lstm_from_original,
     moments,
@@ -77,7 +77,9 @@ class TensorScaledRule(PerParameterRule):
     def scales(self, params: Params, squares: Tensor, multiplier: Tensor, hp: HyperValues) -> dict[str, Tensor]:
         """What multiplies each tensor's direction, from the mean squares of the tensors and lambda, both [T]."""
         sizes = STEP_SCALE * torch.sqrt(squares + 1e-9) * multiplier
-        return {name: size * hp_of(hp, name)["lr"] for name, size in zip(params, sizes.unbind(0), strict=True)}
+        if not isinstance(hp, PerParameter):
+            return dict(zip(params, (sizes * hp["lr"]).unbind(0), strict=True))
+        return {name: size * hp.of(name)["lr"] for name, size in zip(params, sizes.unbind(0), strict=True)}
 
 
 class VeLO(TensorScaledRule):
@@ -157,15 +159,13 @@ def networks_from_original(arrays: Mapping[str, Tensor]) -> Theta:
 
 def _tensor_features(params: Params, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
     """mean(p^2) [T], and what the LSTM sees of each tensor [T, 12]: log mean v, rank, log var m, log var v about mean m."""
-    found, ranks = [], []
-    for name, param in params.items():
-        v, m = (moments(state[name][slot]) for slot in ("rms", "momentum"))
-        found.append(torch.cat([mean_square(param).unsqueeze(0), *v, *m]))
-        rank = sum(size > 1 for size in param.shape)
-        ranks.append([float(rank == i) for i in range(RANKS)])
-    counts = (1, len(RMS_DECAYS), len(RMS_DECAYS), len(MOMENTUM_DECAYS), len(MOMENTUM_DECAYS))
-    size, mean_v, var_v, mean_m, var_m = torch.stack(found).to(like.dtype).split(counts, 1)
+    names = tuple(params)
+    found = [moments([state[name][slot] for name in names]) for slot in ("rms", "momentum")]
+    size = mean_squares(tuple(params.values())).to(like.dtype).unsqueeze(1)
+    mean_v, var_v, mean_m, var_m = (value.to(like.dtype) for pair in found for value in pair)
+    axes = [sum(length > 1 for length in param.shape) for param in params.values()]
+    ranks = like.new_tensor([[float(count == i) for i in range(RANKS)] for count in axes])
     inverse = size.clamp(min=1e-9).rsqrt()
     logs = [inverse * mean_v, inverse.square() * var_m, inverse.square() * (var_v + (mean_v - mean_m).square())]
     mean, var, about = (0.5 * clipped_log(10 * value) for value in logs)
-    return size.squeeze(1), torch.cat([mean, like.new_tensor(ranks), var, about], 1)
+    return size.squeeze(1), torch.cat([mean, ranks, var, about], 1)

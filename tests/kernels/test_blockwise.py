@@ -7,19 +7,13 @@ import torch
 from torch import Tensor
 
 from metaopt import registry
+from metaopt.eight_bit import BLOCK, Blockwise, dynamic_map
+from metaopt.eight_bit import dequantise as reference_dequantise
+from metaopt.eight_bit import quantise as reference_quantise
 from metaopt.program.program import evaluate
 from metaopt.rule import flat_hp
 from metaopt_classic.adam import AdamW
-from metaopt_kernels.blockwise import (
-    BLOCK,
-    Blockwise,
-    blockwise_step,
-    dequantise,
-    dynamic_map,
-    quantise,
-    reference_dequantise,
-    reference_quantise,
-)
+from metaopt_kernels.blockwise import blockwise_step, dequantise, quantise
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: inf / inf
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

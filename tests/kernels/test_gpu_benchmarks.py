@@ -9,6 +9,7 @@ import runpy
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def script(monkeypatch):
         ("ceilings", "ceiling", {"copy", "float32 product", "tf32 product"}),
         (
             "optimizer_steps", "optimizer",
-            {"torch fused AdamW", "adamw", "lion", "small_fc_lopt, hidden 32", "celo2", "velo"},
+            {"torch fused AdamW", "adamw", "adamw, 8-bit state", "lion", "small_fc_lopt, hidden 32", "celo2", "velo"},
         ),
         ("inner_steps", "rule", {"adamw", "small_fc_lopt, hidden 4"}),
         ("outer_steps", "rule", {"celo2_base"}),
@@ -50,6 +51,21 @@ def test_all_back_ends_but_the_loop_have_a_row(script):
     from metaopt import registry
 
     assert {*script("inner_steps")["BACKENDS"]} >= {*registry.specs("unroll_backend")} - {"loop"}
+
+
+def test_launches_of_one_call_are_counted(script, monkeypatch):
+    """Triton calls the hook with a kernel's name at every launch on a GPU; its interpreter does not."""
+    from triton import knobs
+
+    launch = SimpleNamespace(get=lambda: {"name": "step"})
+
+    def twice():
+        for _ in range(2):
+            knobs.runtime.launch_enter_hook(launch)
+
+    launches = script("measure")["launches"]
+    assert launches(twice) == {"step": 2}
+    assert launches(lambda: None) == {}
 
 
 def test_what_a_process_printed_before_its_limit_is_kept(script):
