@@ -17,12 +17,57 @@ def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
 
     X <- a X + (b A + c A^2) X with A = X X^T, on X scaled to Frobenius norm 1, the short side first. Jordan et al., 2024
     (https://kellerjordan.github.io/posts/muon/).
+
+    With P = a I + b A + c A^2 a step makes P X of X, and P A P of A. Where X is long, on a CPU, three steps therefore work on the
+    small A, and the product of their P meets X once. Not more than three: A has the rounding error of its largest entries, and a step
+    multiplies what belongs to small singular values, error included, by a^2. Five steps in float32 have a relative error of at
+    most 1e-4, and 2e-4 for rank one; were every step one on X, these bounds would be half as large.
+
+    Args:
+        matrices: float32 or float64.
+        steps: iterations.
+        eps: added to the Frobenius norm; broadcasts against [..., 1, 1].
     """
-    a, b, c = QUINTIC
+    a, _, _ = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    if x.is_cpu and x.shape[-1] >= 2 * x.shape[-2]:  # a GPU's TF32 products would lose the small values of A
+        for done in range(0, steps, 3):
+            x = _product_of_steps(_symmetric_product(x, x.mT), min(3, steps - done)) @ x
+    else:
+        for _ in range(steps):
+            x = (_higher_terms(_symmetric_product(x, x.mT)) @ x).add(x, alpha=a)
     return x.mT if tall else x
+
+
+def _product_of_steps(gram: Tensor, steps: int) -> Tensor:
+    """The product of P over ``steps`` steps from A [..., m, m]; as polynomials of A they all commute."""
+    a, _, _ = QUINTIC
+    a_identity = a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = product = a_identity + _higher_terms(gram)
+    for _ in range(steps - 1):
+        gram = _symmetric_product(_symmetric_product(factor, gram), factor)
+        factor = a_identity + _higher_terms(gram)
+        product = _symmetric_product(factor, product)
+    return product
+
+
+def _higher_terms(gram: Tensor) -> Tensor:
+    """b A + c A^2 of A [..., m, m]."""
+    _, b, c = QUINTIC
+    return (b * gram).add(_symmetric_product(gram, gram), alpha=c)
+
+
+def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left`` [..., m, k] times ``right`` [..., k, m] where that is symmetric: about half is computed, the rest mirrored."""
+    rows = left.shape[-2]
+    if rows < 256 or not left.is_cpu:  # smaller products, and those of GPUs, take longer in panels than whole
+        return left @ right
+    product = left.new_empty(*left.shape[:-1], rows)
+    height = max(64, rows // 8)
+    for top in range(0, rows, height):
+        panel = left[..., top : top + height, :] @ right[..., top:]
+        product[..., top : top + height, top:] = panel
+        product[..., top:, top : top + height] = panel.mT
+    return product
