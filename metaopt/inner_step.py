@@ -103,7 +103,7 @@ class InnerStep:
     def fused(self, params: Params, state: State, in_place: bool = False) -> ElementwiseStep | None:
         """The rule's update as one pass over memory, where rule, tensors and machine allow it."""
         rule = self.rule
-        if self.kernels is None or not is_elementwise(rule):
+        if self.kernels is None or not is_program(rule):
             return None
         first = next(iter(params.values()))
         for name, p in params.items():
@@ -130,7 +130,7 @@ class InnerStep:
             ctx = Context(self.info, step=step, loss=loss, horizon=horizon)
             return self.learned.update_copies(self.kernels, theta, grads, state, params, hp, ctx, self.dims[:2])
         kernel = self.fused(params, state)
-        if kernel is None or not is_elementwise(rule):
+        if kernel is None or not is_program(rule):
             return None
         columns = [params, grads, *({name: state[name][slot] for name in params} for slot in rule.slots)]
         numbers = coefficients(rule, flat_hp(hp), step)
@@ -156,11 +156,14 @@ class InnerStep:
         return self.rule.update(grads, state, params, hp, ctx)
 
 
+def is_program(rule: UpdateRule) -> TypeGuard[ElementwiseRule]:
+    """Whether all that a step does is in the rule's program."""
+    return isinstance(rule, ElementwiseRule) and type(rule).update is ElementwiseRule.update
+
+
 def is_elementwise(rule: UpdateRule) -> TypeGuard[ElementwiseRule]:
-    """Whether all that a step does is in the rule's program, and that is elementwise throughout."""
-    if not isinstance(rule, ElementwiseRule) or type(rule).update is not ElementwiseRule.update:
-        return False
-    return rule.program.reach == "element"
+    """Whether it is, and that is elementwise throughout."""
+    return is_program(rule) and rule.program.reach == "element"
 
 
 def with_finite(loss: Tensor, params: Params, state: State, buffers: Params) -> Any:

@@ -130,6 +130,16 @@ def power(x, y):
 
 
 @triton.jit
+def added_up(sums, first, last):
+    """The sum of float64 numbers ``first <= k < last``, in an order that depends on these alone."""
+    total = tl.zeros((128,), tl.float64)
+    for start in range(first, last, 128):
+        at = start + tl.arange(0, 128)
+        total += tl.load(sums + at, at < last, 0.0)
+    return tl.sum(total)
+
+
+@triton.jit
 def nearest_bfloat16(x):
     """Float32 to bfloat16, to nearest, ties to even: the interpreter's own conversion truncates."""
     bits = x.to(tl.uint32, bitcast=True)

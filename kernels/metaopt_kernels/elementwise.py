@@ -1,4 +1,4 @@
-"""One step of a `Program` over many tensors in one launch, generated from the program.
+"""One step of a `Program` over many tensors, generated from the program: in one launch, or more if it reduces tensors.
 
 A table on the device says where everything is: rows of ``count`` numbers, one for each parameter:
 
@@ -7,12 +7,15 @@ A table on the device says where everything is: rows of ``count`` numbers, one f
 A program of the launch takes one block of one copy of one parameter. It looks up whose block that is, turns addresses into
 those of its block and runs the statements: on whole blocks at multiples of 16 bytes with the widest loads there are, else
 element by element under a mask. In place, the new parameter and slots have the addresses of the old.
+
+The norm or mean of a tensor takes a launch before, which leaves its sum over each block; others that do not need it share the
+launch. Every program then adds up the sums of its tensor, in one order.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -24,7 +27,8 @@ from metaopt import registry
 from metaopt.kernels import Columns, Dtypes
 from metaopt.program.columns import are_flat
 from metaopt.program.cpp import identifiers
-from metaopt.program.program import Program
+from metaopt.program.ops import REDUCTIONS
+from metaopt.program.program import Program, reduction_depths
 from metaopt_kernels.aot import AotCase
 from metaopt_kernels.source import load_module
 from metaopt_kernels.statements import IMPORTS, TYPES, indented, rounded, statements
@@ -41,7 +45,7 @@ _MODULE = """\
 {imports}
 
 @triton.jit
-def update({addresses}, coefficients, copies, left, noise, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def update({addresses}, coefficients, copies, left, noise, {tensor}BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     inside = None if WHOLE else lanes < left
     {pointers}
@@ -53,7 +57,7 @@ def update({addresses}, coefficients, copies, left, noise, BLOCK: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["seed", "count", "copies", "blocks"])
-def step(table, coefficients, seed, count, copies, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def step(table, coefficients, {sums}seed, count, copies, blocks, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     copy, block = (program // blocks).to(tl.int64), program % blocks
     parameters = tl.arange(0, COUNT)
@@ -65,21 +69,34 @@ def step(table, coefficients, seed, count, copies, blocks, COUNT: tl.constexpr, 
     {lookups}
     left = tl.minimum(size - start, BLOCK).to(tl.int32)
     noise = {noise}
+    {reductions}
     if (left == BLOCK) & (({union}) % 16 == 0):
-        update({addresses}, coefficients + copy, copies, left, noise, BLOCK, True)
+        update({addresses}, coefficients + copy, copies, left, noise, {tensor}BLOCK, True)
     else:
-        update({addresses}, coefficients + copy, copies, left, noise, BLOCK, False)
+        update({addresses}, coefficients + copy, copies, left, noise, {tensor}BLOCK, False)
 """
 
 
-def triton_source(program: Program, dtypes: Dtypes, stochastic_rounding: bool = False) -> str:
-    """The module whose kernel ``step`` runs ``program`` on tensors of ``dtypes``."""
+_OF_TENSOR = """\
+first = tl.load(row).to(tl.int32)
+last = first + tl.cdiv(size, BLOCK).to(tl.int32)
+plane = copies.to(tl.int64) * blocks
+sums += copy * blocks"""
+
+
+def triton_source(
+    program: Program, dtypes: Dtypes, stochastic_rounding: bool = False, launch: int | None = None
+) -> str:
+    """The module whose kernel ``step`` runs ``program`` on tensors of ``dtypes``.
+
+    ``launch``: up to its reductions that wait for so many others, or to the end.
+    """
     compute = "tl.float64" if dtypes[0] == torch.float64 else "tl.float32"
     columns = [dtypes[min(k, 2)] for k in range(len(program.tensors))]
     old = [(f"old{k}", dtype) for k, dtype in enumerate(columns)]
     new = [(f"new{k}", dtype) for k, dtype in enumerate(columns) if k != 1]
     names = identifiers(program)
-    lines, values = statements(program, compute)
+    lines, values = statements(program, compute, launch)
     loads = [
         f"{names[name]} = tl.load(coefficients + {k} * copies).to({compute})"
         for k, name in enumerate(program.coefficients)
@@ -94,11 +111,17 @@ def triton_source(program: Program, dtypes: Dtypes, stochastic_rounding: bool = 
         f"tl.store({address} + lanes, tl.broadcast_to({value}, lanes.shape), inside)"
         for value, (address, _) in zip(stored, new, strict=True)
     ]
+    if launch is not None:
+        stores, stochastic_rounding = [], False
+    reduces = program.reach != "element"
     everywhere = [address for address, _ in (*old, *new)]
     typed = list(enumerate((*old, *new), start=2))
     return _MODULE.format(
         imports=IMPORTS,
         addresses=", ".join(everywhere),
+        tensor="sums, plane, block, first, last, size, " if reduces else "",
+        sums="sums, " if reduces else "",
+        reductions=indented(_OF_TENSOR.splitlines() if reduces else []),
         union=" | ".join(everywhere),
         lookups=indented(f"{a} = tl.load(row + {k} * count) + {dtype.itemsize} * offset" for k, (a, dtype) in typed),
         pointers=indented(f"{a} = {a}.to(tl.pointer_type({TYPES[dtype]}))" for _, (a, dtype) in typed),
@@ -115,7 +138,7 @@ def triton_source(program: Program, dtypes: Dtypes, stochastic_rounding: bool = 
 
 @functools.lru_cache(maxsize=1024)
 def elementwise(program: Program, dtypes: Dtypes, stochastic_rounding: bool = False) -> TritonStep | None:
-    """The step of ``program`` for tensors of these dtypes, or None for dtypes that it does not store.
+    """The step of ``program`` for tensors of these dtypes, or None for dtypes that it does not store and reductions of trees.
 
     Arithmetic is in float64 if parameters are, otherwise in float32; coefficients are rounded to that.
 
@@ -131,10 +154,12 @@ def elementwise(program: Program, dtypes: Dtypes, stochastic_rounding: bool = Fa
     """
     if stochastic_rounding and dtypes[0] != torch.bfloat16:
         raise ValueError(f"stochastic rounding is for bfloat16 parameters, got {dtypes[0]}; leave it off for others")
-    if any(dtype not in TYPES for dtype in dtypes):
+    if any(dtype not in TYPES for dtype in dtypes) or program.reach == "tree":
         return None
-    module = load_module(triton_source(program, dtypes, stochastic_rounding), "elementwise")
-    return TritonStep(program, dtypes, module.step, stochastic_rounding)
+    launches = [*range(max(reduction_depths(program.kernel).values(), default=0)), None]
+    sources = [triton_source(program, dtypes, stochastic_rounding, launch) for launch in launches]
+    *reducing, kernel = [load_module(source, "elementwise").step for source in sources]
+    return TritonStep(program, dtypes, kernel, stochastic_rounding, reducing)
 
 
 class TritonStep:
@@ -144,14 +169,18 @@ class TritonStep:
         program: what it runs.
         dtypes: of parameters, gradients and slots.
         kernel: the generated ``step``.
+        reducing: the launches before.
         stochastic_rounding: whether new bfloat16 parameters are rounded so; every call then needs a seed.
     """
 
-    def __init__(self, program: Program, dtypes: Dtypes, kernel: Any, stochastic_rounding: bool) -> None:
+    def __init__(
+        self, program: Program, dtypes: Dtypes, kernel: Any, stochastic_rounding: bool, reducing: Sequence[Any] = ()
+    ) -> None:
         self.program = program
         self.dtypes = dtypes
         self.stochastic_rounding = stochastic_rounding
         self.kernel = kernel
+        self.reducing = reducing
 
     def fits(self, columns: Columns) -> bool:
         """Whether the step may run on ``columns``: all on one GPU, in its dtypes and flat (`are_flat`)."""
@@ -205,10 +234,16 @@ class TritonStep:
         with torch.cuda.device_of(old[0][0]):
             where = table((*firsts[:-1], *sizes, *map(Tensor.data_ptr, chain(*old, *new))), device)
             numbers = self._coefficients(coefficients, copies, device)
-            self.kernel[(blocks * copies,)](
-                where, numbers, seed or 0, len(sizes), copies, blocks,
-                COUNT=triton.next_power_of_2(len(sizes)), BLOCK=BLOCK, **_OPTIONS,
-            )  # fmt: skip
+            sums = (
+                [numbers.new_empty(sum(s.op in REDUCTIONS for s in self.program.kernel) * copies * blocks)]
+                if self.reducing
+                else []
+            )
+            for kernel in (*self.reducing, self.kernel):
+                kernel[(blocks * copies,)](
+                    where, numbers, *sums, seed or 0, len(sizes), copies, blocks,
+                    COUNT=triton.next_power_of_2(len(sizes)), BLOCK=BLOCK, **_OPTIONS,
+                )  # fmt: skip
 
     def _coefficients(self, values: Mapping[str, float | Tensor], copies: int, device: torch.device) -> Tensor:
         """Float64 [C, copies]."""
@@ -230,22 +265,20 @@ def aot_cases() -> list[AotCase]:
         ("adamw.float32", "adamw", (single, single, single), False),
         ("adamw.bfloat16", "adamw", (half, half, single), False),
         ("lion.stochastic_bfloat16", "lion", (half, half, half), True),
+        ("lamb.float32", "lamb", (single, single, single), False),
     ]
-    signature = {
-        "table": "*i64",
-        "coefficients": "*fp64",
-        "seed": "i64",
-        "count": "i32",
-        "copies": "i32",
-        "blocks": "i32",
-    }
+    numbers = {"seed": "i64", "count": "i32", "copies": "i32", "blocks": "i32"}
+    options = {key: value for key, value in _OPTIONS.items() if key != "num_warps"}
     cases = []
     for name, rule, dtypes, stochastic in chosen:
-        source = triton_source(registry.create("optimizer", rule).program, dtypes, stochastic)
-        function = load_module(source, "elementwise").step
-        options = {key: value for key, value in _OPTIONS.items() if key != "num_warps"}
-        constants = {"COUNT": 256, "BLOCK": BLOCK}
-        cases.append(
-            AotCase(f"elementwise.{name}", function, signature, constants, 4, ("table", "coefficients"), options)
-        )
+        step = elementwise(registry.create("optimizer", rule).program, dtypes, stochastic)
+        assert step is not None
+        pointers = {"table": "*i64", "coefficients": "*fp64"} | ({"sums": "*fp64"} if step.reducing else {})
+        kernels = {f"{name}.sums": kernel for kernel in step.reducing} | {name: step.kernel}
+        cases += [
+            AotCase(
+                f"elementwise.{key}", kernel, pointers | numbers, {"COUNT": 256, "BLOCK": BLOCK}, 4, tuple(pointers), options
+            )
+            for key, kernel in kernels.items()
+        ]  # fmt: skip
     return cases

@@ -9,8 +9,8 @@ import torch
 
 from metaopt.program.cpp import identifiers
 from metaopt.program.inplace import COMPARISONS
-from metaopt.program.ops import OPS
-from metaopt.program.program import Arg, Program, Statement
+from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.program import Arg, Program, Statement, reduction_depths
 
 IMPORTS = """\
 import triton
@@ -34,12 +34,17 @@ _POWERS: dict[Arg, str] = {
 """The exponents that torch does not hand to ``pow`` either; {1} is the number 1."""
 
 
-def statements(program: Program, dtype: str) -> tuple[list[str], list[str]]:
+def statements(program: Program, dtype: str, launch: int | None = None) -> tuple[list[str], list[str]]:
     """The kernel of ``program``, to be put where its inputs are known.
+
+    Reductions, of which number j of the program has its sums over blocks at ``sums + j * plane``, are those of the blocks
+    from ``first`` to ``last`` of a tensor of ``size`` elements.
 
     Args:
         program: what to compute.
         dtype: of the arithmetic: ``"tl.float32"`` or ``"tl.float64"``.
+        launch: only what the reductions that wait for so many others need, and their sums over block ``block``, of which
+            ``left`` elements are in the tensor. Default: what the outputs need, where all sums are known.
 
     Returns:
         The lines, and an expression per output: blocks of that dtype; scalars where an output is a coefficient or a number.
@@ -47,7 +52,27 @@ def statements(program: Program, dtype: str) -> tuple[list[str], list[str]]:
     """
     names = identifiers(program)
     truths = {s.target for s in program.kernel if s.op in COMPARISONS}
-    lines = [f"{names[s.target]} = {_expression(s, names, truths, dtype)}" for s in program.kernel]
+    depths = reduction_depths(program.kernel)
+    reductions = [s for s in program.kernel if s.op in REDUCTIONS]
+    summed = [s for s in reductions if launch is not None and depths[s.target] == launch + 1]
+    wanted: set[Arg] = {arg for s in summed for arg in s.args} if summed else {*program.outputs}
+    kept = []
+    for s in reversed(program.kernel):
+        if s.target in wanted:
+            kept.append(s)
+            wanted |= set() if s.op in REDUCTIONS else {*s.args}
+    lines = []
+    for s in reversed(kept):
+        if s.op in REDUCTIONS:
+            total = f"added_up(sums + {reductions.index(s)} * plane, first, last).to({dtype})"
+            number = REDUCTIONS[s.op].triton.format(total, f"size.to({dtype})")
+            lines.append(f"{names[s.target]} = tl.broadcast_to({number}, lanes.shape)")
+        else:
+            lines.append(f"{names[s.target]} = {_expression(s, names, truths, dtype)}")
+    for s in summed:
+        part = REDUCTIONS[s.op].generated_part.format(_number(s.args[0], names, truths, dtype))
+        part = f"tl.where(lanes < left, {part}, 0.0).to(tl.float64)"
+        lines.append(f"tl.store(sums + {reductions.index(s)} * plane + block, tl.sum({part}))")
     return lines, [_number(out, names, truths, dtype) for out in program.outputs]
 
 

@@ -190,11 +190,11 @@ def compile_cpp(
     """The compiled step of ``program`` for tensors of these dtypes, or None where it cannot be had (`load_library`).
 
     In place it is called as it is; ``out_of_place`` it has the method `CppStep.copies`. A dtype other than float32, float64
-    and bfloat16 (compilers do not vectorise fp16): None.
+    and bfloat16 (compilers do not vectorise fp16), or a program that reduces tensors: None.
     """
     dtypes = (param_dtype, grad_dtype, state_dtype)
     command = compiler()
-    if command is None or any(dtype not in CPP_TYPES for dtype in dtypes):
+    if command is None or program.reach != "element" or any(dtype not in CPP_TYPES for dtype in dtypes):
         return None
     return _compile(program, dtypes, out_of_place, command, os.environ.get("METAOPT_CACHE_DIR"))
 

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from metaopt.program.ops import OPS, REDUCTIONS
-from metaopt.program.program import Arg, Statement
+from metaopt.program.program import Arg, Statement, reduction_depths
 
-OPERATIONS = (*sorted(OPS, key=lambda name: OPS[name].arity), *REDUCTIONS)
-"""What each opcode does. From one operand to three, so that a comparison tells how many an instruction has; reductions last."""
+OPERATIONS = (
+    *sorted(OPS, key=lambda name: OPS[name].arity),
+    *sorted(REDUCTIONS, key=lambda name: REDUCTIONS[name].over),
+)
+"""What each opcode does. One operand to three, then reductions of tensors and of trees: comparisons tell them apart."""
 
 _OPCODES = {name: k for k, name in enumerate(OPERATIONS)}
 
@@ -148,13 +151,8 @@ def _reductions_together(statements: list[Statement]) -> list[Statement]:
     """In the fewest stretches between reductions."""
     if not any(s.op in REDUCTIONS for s in statements):
         return statements
-    depths: dict[Arg, int] = {}  # how many reductions, one after another, a value waits for
-    order = []
-    for s in statements:
-        depth, reduces = max(depths.get(arg, 0) for arg in s.args), s.op in REDUCTIONS
-        depths[s.target] = depth + reduces
-        order.append((depth, reduces))
-    return [statements[k] for k in sorted(range(len(statements)), key=order.__getitem__)]
+    depths = reduction_depths(statements)
+    return sorted(statements, key=lambda s: (depths[s.target] - 1, 1) if s.op in REDUCTIONS else (depths[s.target], 0))
 
 
 def stack(listings: Sequence[Listing], inputs: int) -> Code:

@@ -27,13 +27,13 @@ struct Launch {
     const int32_t* results;       // [programs][outputs], an operand each
     const int32_t* present;       // [programs], of the outputs
     const T* numbers;             // [count][width]
-    const T* const* sources;      // [inputs]
-    T* const* targets;            // [outputs]
+    T* const* sources;            // [inputs], only read
+    T* const* targets;            // [outputs], which may be inputs
 };
 
 // Element 0 of a value: of the run if it moves, which a block's part of it is then found from, else of the block.
 struct Place {
-    const T* at;  // null: a number
+    T* at;  // null: a number
     T number;
     bool moves;
     Operand of(const int64_t begin) const { return {at && moves ? at + begin : at, number}; }
@@ -53,7 +53,7 @@ struct Copy {
 
 class Thread {
 public:
-    explicit Thread(const Launch& launch) : launch(launch), registers(launch.registers), results(launch.outputs) {}
+    explicit Thread(const Launch& launch) : launch(launch), registers(launch.registers) {}
 
     void run(const int64_t r) {
         const int64_t program = launch.programs[r];
@@ -75,15 +75,14 @@ public:
             }
             if (to == length) return;
             const Instruction& last = instructions[to];
-            reduce(last.opcode, last.operands[0].at, const_cast<T*>(last.target.at), launch.size, launch.segments,
-                   launch.sizes);
+            reduce(last.opcode, last.operands[0].at, last.target.at, launch.size, launch.segments, launch.sizes);
             from = to + 1;
         }
     }
 
 private:
     const Launch& launch;
-    std::vector<Place> registers, results;
+    std::vector<Place> registers;  // where the values are that they hold now
     std::vector<Instruction> instructions;
     std::vector<Copy> copies;
     std::unique_ptr<T[]> memory;
@@ -117,7 +116,7 @@ private:
             if (last[k] >= launch.inputs || !from.at || from.at != launch.sources[last[k]] + r * launch.size) continue;
             if (from.at == launch.targets[k] + r * launch.size) continue;
             const Place to = registers[last[k]] = own(last[k]);
-            copies.push_back({const_cast<T*>(to.at), to.moves, from});
+            copies.push_back({to.at, to.moves, from});
         }
         for (int64_t k = 0; k < present; ++k) {
             const Place from = place(last[k]);
@@ -128,7 +127,7 @@ private:
 
     static void step(const Instruction& it, const int64_t begin, const int64_t count) {
         const Operand operands[3] = {it.operands[0].of(begin), it.operands[1].of(begin), it.operands[2].of(begin)};
-        execute(it.opcode, const_cast<T*>(it.target.of(begin).at), count, operands);
+        execute(it.opcode, it.target.at + (it.target.moves ? begin : 0), count, operands);
     }
 
     static void store(const Copy& copy, const int64_t begin, const int64_t count) {
@@ -143,7 +142,7 @@ private:
 
 }  // namespace
 
-// One step of all runs, outputs may be inputs. Returns 0, or 1 if there is no memory for registers.
+// One step of all runs. Returns 0, or 1 if there is no memory for registers.
 extern "C" int step(const Launch* launch, [[maybe_unused]] const int threads) {
     const auto share = [&](const int64_t begin, const int64_t end) {
         try {

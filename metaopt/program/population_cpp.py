@@ -158,7 +158,7 @@ class CppMachine:
             [y.contiguous() for y in outputs],
             numbers.contiguous(),
         )
-        launch = self._launch
+        launch = _Launch.from_buffer_copy(self._launch)  # other threads may call at the same time
         launch.size, launch.width = size, numbers.shape[1]
         launch.segments, launch.sizes, launch.numbers = len(sizes), sizes.data_ptr(), numbers.data_ptr()
         read, written = _addresses(sources), _addresses(targets)

@@ -145,6 +145,14 @@ class Program:
         return {name: values[name] for name in self.coefficients}
 
 
+def reduction_depths(statements: Sequence[Statement]) -> dict[Arg, int]:
+    """How many reductions, one after another, each value waits for, itself included where it is one."""
+    depths: dict[Arg, int] = {}
+    for s in statements:
+        depths[s.target] = max((depths.get(arg, 0) for arg in s.args), default=0) + (s.op in REDUCTIONS)
+    return depths
+
+
 def _literal(number: float) -> str:
     return repr(number) if math.isfinite(number) else f"float('{number!r}')"
 

@@ -24,16 +24,21 @@ from random_programs import (
     smooth_programs,
     special,
 )
-from rule_strategies import ELEMENTWISE
+from rule_strategies import ELEMENTWISE, RULES, Bowl
 from torch import Tensor
 
 from metaopt.kernels import Dtypes
-from metaopt.program import Program, Statement, evaluate, trace
+from metaopt.program import REDUCTIONS, Program, Statement, evaluate, trace
 from metaopt.rule import flat_hp
+from metaopt.unroll import start, unroll
 from metaopt_kernels.elementwise import BLOCK, TritonStep, elementwise
 from metaopt_kernels.source import load_module
+from metaopt_kernels.triton_kernels import TritonKernels
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0 and the like
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, in the interpreter: 1 / 0 and the like
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # that of Triton 3.6
+]
 
 SINGLE, DOUBLE, BRAIN, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES: list[Dtypes] = [
@@ -44,7 +49,7 @@ DTYPES: list[Dtypes] = [
     (HALF, SINGLE, SINGLE),
     (SINGLE, BRAIN, BRAIN),
 ]
-INEXACT = {"sqrt", "pow", "exp", "log", "tanh", "sin", "cos", "atan"}
+INEXACT = {"sqrt", "pow", "exp", "log", "tanh", "sin", "cos", "atan", *REDUCTIONS}
 SHAPES = [(), (0,), (1,), (5, 3), (BLOCK + 6,), (2, 1, 3, 2, 2), (0,)]
 
 
@@ -123,6 +128,84 @@ def test_one_launch_steps_parameters_of_every_shape_as_the_rule_says(
     want = after(program, columns, scalars)
     assert_agree(program, written(stepped), want)
     torch.testing.assert_close([g.cpu() for g in stepped[1]], columns[1], rtol=0, atol=0)
+
+
+def norms_of_norms() -> Program:
+    """A mean and a norm that need not wait for each other, and a norm that waits for both."""
+    statements = (
+        Statement("size", "norm", ("grad",)),
+        Statement("center", "mean", ("buf",)),
+        Statement("above", "gt", ("buf", "center")),
+        Statement("direction", "div", ("grad", "size")),
+        Statement("chosen", "where", ("above", "direction", "c1")),
+        Statement("length", "norm", ("chosen",)),
+        Statement("share", "mean", ("above",)),
+        Statement("scaled", "div", ("chosen", "length")),
+        Statement("p", "sub", ("param", "scaled")),
+    )
+    return Program(("c1",), ("param", "grad", "buf", "s"), statements, ("p", "length", "share"))
+
+
+REDUCING: dict[str, tuple[Program, dict[str, float]]] = {
+    "lamb": (trace(RULES["lamb"]), {**flat_hp(RULES["lamb"].hp), "weight_decay": 0.1, "t": 3}),
+    "norms_of_norms": (norms_of_norms(), {"c1": 0.5}),
+}
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(SINGLE, SINGLE, SINGLE), (DOUBLE, DOUBLE, DOUBLE), (BRAIN, BRAIN, SINGLE)], ids=["32", "64", "16"]
+)
+@pytest.mark.parametrize("name", REDUCING)
+def test_rules_that_reduce_tensors_step_in_launches(name: str, dtypes: Dtypes, device: torch.device) -> None:
+    program, scalars = REDUCING[name]
+    columns = drawn(program, dtypes)
+    stepped = moved(columns, device)
+    step = built(program, dtypes)
+    assert len(step.reducing) == {"lamb": 1, "norms_of_norms": 2}[name]
+    step(stepped, program.scalar_values(scalars))
+    found, want = written(stepped), after(program, columns, scalars)
+    assert_agree(program, found, want)
+    again = moved(columns, device)
+    step(again, program.scalar_values(scalars))
+    torch.testing.assert_close(written(again), found, rtol=0, atol=0, equal_nan=True)
+
+
+def test_copies_are_tensors_of_their_own_to_reductions(device: torch.device) -> None:
+    program = norms_of_norms()
+    dtypes: Dtypes = (SINGLE, SINGLE, SINGLE)
+    columns = drawn(program, dtypes, [(3, BLOCK + 9), (3, 5), (3,)])
+    got = built(program, dtypes).copies(moved(columns, device), {"c1": torch.tensor([0.5, 1.0, 2.0]).double()})
+    for k, c1 in enumerate((0.5, 1.0, 2.0)):
+        own = [[tensor[k] for tensor in column] for column in columns]
+        assert_agree(program, [[t[k].cpu() for t in column] for column in got], after(program, own, {"c1": c1}))
+
+
+def test_an_unroll_takes_the_step_of_a_rule_that_reduces_tensors(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("the task's data is on the CPU")
+    rule = RULES["lamb"]
+    carry = start(Bowl(), rule, [1, 2])
+    with torch.no_grad():
+        wanted = unroll(Bowl(), rule, carry, 3, backend="eager")
+        made = []
+
+        class Counted(TritonKernels):
+            def elementwise(self, *arguments: Any, **options: Any) -> TritonStep | None:
+                made.append(super().elementwise(*arguments, **options))
+                return made[-1]
+
+        monkeypatch.setattr(sys.modules["metaopt.unroll"], "kernels_of", lambda kind: Counted())
+        found = unroll(Bowl(), rule, carry, 3, backend="fused")
+    assert made and None not in made
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1].tree(), wanted[1].tree())
+
+
+def test_reductions_of_trees_are_left_to_torch() -> None:
+    program = Program((), ("param", "grad"), (Statement("r", "global_norm", ("grad",)),), ("r",))
+    assert elementwise(program, (SINGLE, SINGLE, SINGLE)) is None
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "nesterov"])

@@ -1,4 +1,4 @@
-"""The population machine in Triton computes what `evaluate` computes for each program alone.
+"""The population machine in Triton computes what `evaluate_tree` computes for each program alone.
 
 Bit for bit, where a program has none of the functions that torch and Triton compute otherwise.
 """
@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from population_cases import RULES, after, every_statement, expected, trained
-from random_programs import exact_programs, positive, small_integers, smooth_programs, special
+from population_cases import RULES, after, every_reduction, every_statement, expected, trained
+from random_programs import exact_programs, positive, reducing_programs, small_integers, smooth_programs, special
 
 from metaopt.program import OPS, Program, Statement
 from metaopt.program.population import encode
@@ -20,6 +20,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, in the interpreter: 1 / 0 and the like
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # that of Triton 3.6
 ]
+
+SIZES = (BLOCK + 40, 1, 0, 20)
+"""Of the tensors in a row: one needs two blocks, and one has no elements."""
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 
@@ -66,6 +69,48 @@ def test_rules_train_side_by_side_with_their_own_hyperparameters(
     found, wanted = trained(TritonPopulationStep, [*runs, ("lion", 0.02)], dtype, steps=3, size=size, device=device)
     eps = torch.finfo(dtype).eps  # roots and powers may be an ulp off, in each step
     torch.testing.assert_close(found, wanted, rtol=16 * eps, atol=16 * eps)
+
+
+@settings(max_examples=2)
+@given(programs=st.lists(reducing_programs(), min_size=6, max_size=6))
+def test_reductions_over_tensors_and_trees_agree_to_rounding(device: torch.device, programs: list[Program]) -> None:
+    before = [[column[0] for column in positive(p, SINGLE, sizes=(sum(SIZES),))] for p in programs]
+    found = after(TritonPopulationStep, programs, before, device, SIZES)
+    # at most 9 operations, of which some multiply errors
+    torch.testing.assert_close(found, expected(programs, before, SIZES), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, None])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+def test_reductions_of_both_signs_are_exact_in_sums_of_halves(
+    dtype: torch.dtype, sizes: tuple[int, ...] | None, device: torch.device
+) -> None:
+    programs = every_reduction()
+    integers = [small_integers(p, sizes=(sum(SIZES),), seed=k) for k, p in enumerate(programs)]
+    before = [[column[0].to(dtype) / 2 for column in columns] for columns in integers]
+    found, wanted = after(TritonPopulationStep, programs, before, device, sizes), expected(programs, before, sizes)
+    torch.testing.assert_close(found[:-1], wanted[:-1], rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)
+    # the last one sums what has been rounded, of both signs
+    torch.testing.assert_close(found[-1], wanted[-1], rtol=1e3 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+def test_reductions_of_one_run_are_the_same_bits_beside_any_others(device: torch.device) -> None:
+    programs = every_reduction()
+    before = [[column[0] for column in positive(p, SINGLE, sizes=(sum(SIZES),))] for p in programs]
+    alone = [after(TritonPopulationStep, [p], [row], device, SIZES)[0] for p, row in zip(programs, before, strict=True)]
+    spoiled = [[torch.full_like(tensor, torch.nan) for tensor in row] for row in before]
+    mixed = [row for pair in zip(spoiled, before, strict=True) for row in pair]
+    found = after(TritonPopulationStep, [p for p in programs for _ in range(2)], mixed, device, SIZES)
+    torch.testing.assert_close(found[1::2], alone, rtol=0, atol=0)
+
+
+def test_sums_over_more_blocks_than_are_added_up_at_once(device: torch.device) -> None:
+    """Of one element each, so that there are many."""
+    sizes = [1] * 140
+    tree = Program((), ("param", "grad"), (Statement("r", "global_sum", ("grad",)),), ("r",))
+    before = [[torch.zeros(140), torch.arange(140.0)]]
+    (found,) = after(TritonPopulationStep, [tree], before, device, sizes)
+    assert (found[0] == 139 * 70).all()
 
 
 def test_registers_beyond_the_common_eight_serve(device: torch.device) -> None:
