@@ -18,10 +18,10 @@ def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
     X <- a X + (b A + c A^2) X with A = X X^T, on X scaled to Frobenius norm 1, the short side first. Jordan et al., 2024
     (https://kellerjordan.github.io/posts/muon/).
 
-    With P = a I + b A + c A^2 a step makes P X of X, and P A P of A. Where X is long, on a CPU, three steps therefore work on the
-    small A, and the product of their P meets X once. Not more than three: A has the rounding error of its largest entries, and a step
-    multiplies what belongs to small singular values, error included, by a^2. Five steps in float32 have a relative error of at
-    most 1e-4, and 2e-4 for rank one; were every step one on X, these bounds would be half as large.
+    With P = a I + b A + c A^2 a step makes P X of X, and P A P of A. Where X is long, on a CPU, three steps therefore work on
+    the small A, and the product of their P meets X once. Not more than three: A has the rounding error of its largest entries,
+    and a step multiplies what belongs to small singular values, error included, by a^2. Five steps in float32 have a relative
+    error of at most 1e-4, and 2e-4 for rank one; were every step one on X, these bounds would be half as large.
 
     Args:
         matrices: float32 or float64.

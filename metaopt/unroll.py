@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -74,9 +74,7 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
         raise ValueError(f"seeds must be a non-empty vector of integers, got shape {tuple(seeds.shape)}")
     device = task.device
     members = [task if config is None else _member(task, tree.index(config, k)) for k in range(len(seeds))]
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in hash64(seeds)]
-    params = tree.stack([member.init(generator) for member, generator in zip(members, generators, strict=True)])
-    params = tree.map_tree(lambda p: p.to(device), params)
+    params = fresh_params(members, seeds)
     info = task.info()
     _refuse_stacked_parts(rule)
     if isinstance(rule, BoundRule):
@@ -99,6 +97,13 @@ def start(task: Task, rule: UpdateRule, seeds: Tensor | list[int], *, config: Ba
         config=config if config is not None else tree.map_tree(every_copy, dict(task.config)),
         buffers=tree.map_tree(lambda b: every_copy(b).clone(), task.buffers()),
     )
+
+
+def fresh_params(members: Sequence[Task], seeds: Tensor) -> Params:
+    """Initial parameters [K, ...] of K tasks that stack, each from its seed, on the device of the first."""
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in hash64(seeds)]
+    params = tree.stack([member.init(generator) for member, generator in zip(members, generators, strict=True)])
+    return tree.map_tree(lambda p: p.to(members[0].device), params)
 
 
 def _member(task: Task, config: Batch) -> Task:

@@ -105,8 +105,12 @@ class Genome:
         """The rule ``param <- param - update`` as the engine's single-assignment `Program`, without dead statements.
 
         Raises:
-            GenomeError: an output that has no value per element.
+            GenomeError: an output that has no value per element, or outputs beside the first that are not the slots in order.
         """
+        if self.outputs[1:] != self.slots:
+            raise GenomeError(
+                f"after {self.outputs[0]!r} an optimizer must return {self.slots}, got {self.outputs[1:]}"
+            )
         statements: list[Statement] = []
         made: dict[tuple[str, tuple[Arg, ...]], str] = {}
         named = {"w": "param", "g": "grad"}
@@ -167,7 +171,7 @@ def parse(text: str) -> Genome:
         raise GenomeError("the function must end with a return")
     returned = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
     outputs = tuple(_name(node) for node in returned)
-    tensors = tuple(inputs[:2] + [name for name in inputs[2:] if name in outputs[1:]])
+    tensors = (*inputs[:2], *(name for name in outputs[1:] if name in inputs[2:]))
     scalars = tuple(name for name in inputs if name not in tensors)
     return Genome(tensors, scalars, outputs, tuple(_assignment(line) for line in lines))
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from metaopt.dense.network import DenseNetwork
 from metaopt.random import uniform
 from metaopt.rule import ParamInfo, Params, infer_info
-from metaopt.task import Batch, Task
+from metaopt.task import Batch, Split, Task
 from metaopt_tasks.choices import require_choice
+from metaopt_tasks.data.draws import student_t
 from metaopt_tasks.data.load import classes_of, load
 from metaopt_tasks.layers import (
     ACTIVATIONS,
@@ -258,17 +259,28 @@ def mlp_regressor(
     init_scale: float = 1.0,
     norm: str = "none",
     criterion: str = "mse",
+    noise_freedom: float = 0.0,
     batch_size: int = 64,
     horizon: int = 200,
     device: Any = "cpu",
 ) -> MLPRegressor:
-    """An MLP on a regression data source, whose loss is measured in that of predicting the mean; see `MLP`."""
+    """An MLP on a regression data source, whose loss is measured in that of predicting the mean; see `MLP`.
+
+    ``noise_freedom``: degrees of freedom of Student's t noise, of scale 1, in the targets of the train split alone; 0: none.
+    With few of them gradients have heavy tails (up to 2, infinite variance): most are small, rare ones huge.
+    """
     splits = load(data, device)
     target = splits["train"].tensors["target"]
     require_choice("criterion", criterion, LOSSES)
+    if not 0 <= noise_freedom < math.inf:
+        raise ValueError(f"noise_freedom must be in [0, inf), got {noise_freedom}; 0 is without noise")
     scale = float(LOSSES[criterion](target.mean(0).expand_as(target), target))
+    train = splits["train"]
+    if noise_freedom:
+        noise = student_t(Generator().manual_seed(0), noise_freedom, *target.shape).to(target)
+        train = Split(train.tensors | {"target": target + noise})
     return MLPRegressor(
-        name, splits["train"], splits["valid"], splits["test"], batch_size, horizon, scale=scale,
+        name, train, splits["valid"], splits["test"], batch_size, horizon, scale=scale,
         hidden=tuple(hidden), activation=activation, initializer=initializer, init_scale=init_scale, norm=norm,
         criterion=criterion,
     )  # fmt: skip

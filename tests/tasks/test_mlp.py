@@ -4,6 +4,7 @@ import math
 import tomllib
 
 import pytest
+import scipy.stats
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import vmap
@@ -181,3 +182,16 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         mlp_classifier(dropout=1.5)
     with pytest.raises(ValueError, match="activation must be one of relu"):
         mlp_classifier(activation="step")
+
+
+@pytest.mark.parametrize("freedom", [1.0, 1.5, 4.0])
+def test_heavy_tailed_noise_is_students_t_and_in_the_train_split_alone(freedom: float) -> None:
+    plain, noisy = mlp_regressor(data="teacher_32d"), mlp_regressor(data="teacher_32d", noise_freedom=freedom)
+    noise = noisy.train.tensors["target"] - plain.train.tensors["target"]
+    assert scipy.stats.kstest(noise.flatten(), scipy.stats.t(freedom).cdf).pvalue > 0.01
+    assert torch.equal(noisy.train.tensors["input"], plain.train.tensors["input"])
+    for split in ("valid", "test"):
+        torch.testing.assert_close(getattr(noisy, split).tensors, getattr(plain, split).tensors, rtol=0, atol=0)
+    assert noisy.scale == plain.scale, "losses of both are measured in the same unit"
+    with pytest.raises(ValueError, match=r"noise_freedom must be in \[0, inf\), got -1"):
+        mlp_regressor(noise_freedom=-1)

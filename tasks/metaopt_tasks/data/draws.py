@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor
 
@@ -14,6 +16,15 @@ def uniform(generator: Generator, *shape: int) -> Tensor:
 def normal(generator: Generator, *shape: int) -> Tensor:
     """Float64 standard normal numbers."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def student_t(generator: Generator, freedom: float, *shape: int) -> Tensor:
+    """Float64 numbers of Student's t distribution with ``freedom`` > 0 degrees, by its polar form.
+
+    sqrt(freedom (u^(-2 / freedom) - 1)) cos(2 pi v), u in (0, 1] (Bailey, 1994, Mathematics of Computation 62, p. 779).
+    """
+    u, v = 1 - uniform(generator, *shape), uniform(generator, *shape)
+    return (freedom * (u ** (-2 / freedom) - 1)).sqrt() * (2 * math.pi * v).cos()
 
 
 def categorical(generator: Generator, logits: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""``metaopt discover``: search for rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metaopt.cli.commands.options import Seed, Settings, parse_settings
+
+discover = typer.Typer(help="Search for optimizers.", rich_markup_mode="rich")
+
+Tasks = Annotated[
+    str,
+    typer.Option(help="A suite of the search (search), suite:NAME for another, or tasks with commas between them."),
+]
+
+
+@discover.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    """Search for optimizers."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@discover.command("rule")
+def rule(
+    start: Annotated[
+        str,
+        typer.Option(
+            help="The program to start from: adamw, lion, rmsprop, momentum, an optimizer of elementwise text, or a file."
+        ),
+    ] = "adamw",
+    tasks: Tasks = "search",
+    budget: Annotated[str, typer.Option(help="Time (90s, 20m, 2h) or a number of children (50000).")] = "20m",
+    out: Annotated[Path, typer.Option(help="Directory of the search; one that holds a search goes on.")] = Path(
+        "runs/discover"
+    ),
+    searcher: Annotated[str, typer.Option(help="metaopt list proposers.")] = "evolution",
+    worker: Annotated[int, typer.Option(help="Number of this process among those that share a search.", min=0)] = 0,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of an Optuna storage for the archive; default: a journal file in OUT.")
+    ] = None,
+    seed: Seed = 0,
+    settings: Settings = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Search for a rule, as Lion was found; running the same command again goes on.
+
+    Several processes share one search: start each with its own --worker and the same other options.
+
+    Example: [bold]metaopt discover rule --start adamw --tasks search --budget 20m --out runs/found[/bold]
+    """
+    from rich.console import Console
+
+    from metaopt_symbolic import report
+    from metaopt_symbolic.cascade import Cascade, usual_stages
+    from metaopt_symbolic.search import Budget, Search, SearchConfig
+    from metaopt_symbolic.start import start_text
+    from metaopt_symbolic.suites import search_tasks
+
+    spent = Budget.of(budget)
+    used = search_tasks(tasks)
+    stages = usual_stages(list(used))
+    config = SearchConfig(
+        start_text(start), searcher, parse_settings(settings), report.describe(used, stages), seed=seed
+    )
+    console = Console(stderr=True)
+    search = Search(config, Cascade(used, stages), out, storage, worker)
+    try:
+        with report.live(search, spent, console) as show:
+            search.run(spent, on_generation=show)
+    finally:
+        written = report.save(search, out)
+    console.print(report.table(search))
+    console.print(
+        f"champion, fitness {search.champion.score.fitness:.4f}:\n{search.champion.genome.text()}", highlight=False
+    )
+    console.print("written: " + ", ".join(str(path) for path in written))

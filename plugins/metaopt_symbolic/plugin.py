@@ -1,0 +1,25 @@
+"""What this plugin offers: sources of candidates for a search over programs."""
+
+from __future__ import annotations
+
+from metaopt.hookspecs import Spec, hookimpl
+
+
+@hookimpl
+def metaopt_proposers() -> list[Spec]:
+    """One spec for each name that a user may type."""
+    paper = "Chen et al., 2023, https://arxiv.org/abs/2302.06675"
+    place = "metaopt_symbolic.searchers"
+    return [
+        Spec("evolution", f"{place}:Evolution", "aging evolution of programs", ("rule",), paper),
+        Spec("islands", f"{place}:Islands", "several populations, the best of each joining the next", ("rule",), paper),
+        Spec(
+            "constants", f"{place}:Evolution", "aging evolution of the start's numbers only: a control",
+            ("rule", "control"), paper, {"only_constants": True},
+        ),
+        Spec("random", f"{place}:RandomSearch", "the start, mutated at random: a control", ("rule", "control"), paper),
+        Spec(
+            "policy", f"{place}:Policy", "evolution whose new statements are drawn from a learned distribution",
+            ("rule",), "Baluja, 1994, CMU-CS-94-163",
+        ),
+    ]  # fmt: skip

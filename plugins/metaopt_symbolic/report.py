@@ -1,0 +1,125 @@
+"""A search while it runs, and after: a live view, a table, a picture, and JSON with all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from metaopt.files import write_atomic
+from metaopt.suite import content_hash
+from metaopt.task import Task
+from metaopt_symbolic.cascade import Stage
+from metaopt_symbolic.search import Budget, Counts, Search
+
+PER_SECOND = 2
+"""How often the live view changes."""
+
+
+def describe(tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
+    """The judge of a search in words: another text means other fitness."""
+    hashes = {name: content_hash(task) for name, task in tasks.items()}
+    return json.dumps({"tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]})
+
+
+@contextmanager
+def live(search: Search, budget: Budget, console: Console) -> Iterator[Callable[[Search], None]]:
+    """A table of the search that changes as it goes on; hand what it gives to `Search.run`."""
+    last = 0.0
+    with Live(table(search, budget), console=console, auto_refresh=False, transient=True) as view:
+
+        def show(search: Search) -> None:
+            nonlocal last
+            if (now := time.monotonic()) - last > 1 / PER_SECOND:
+                view.update(table(search, budget), refresh=True)
+                last = now
+
+        yield show
+
+
+def table(search: Search, budget: Budget | None = None) -> Table:
+    """The state of a search."""
+    c = search.counts
+    made = Table(title=f"worker {search.worker} of {search.directory}", show_header=False)
+    made.add_column()
+    made.add_column(justify="right")
+    rows = {
+        "best fitness (start)": f"{search.champion.score.fitness:.4f} ({search.start_fitness:.4f})",
+        "found in generation": f"{search.champion.generation} of {c.generations}",
+        "children": _of(c.children, budget.children if budget else None),
+        "known by structure": _share(c.by_hash, c.children),
+        "known by behaviour": _share(c.by_behaviour, c.children),
+        "no numbers, or without the gradient": f"{c.not_finite}, {c.inert}",
+        "trained": _of(c.unique, budget.unique if budget else None),
+        "of these diverged": f"{c.diverged}",
+        "redundant statements": f"{100 * c.redundancy:.1f} %",
+        "inner steps": f"{c.updates:,}",
+        "seconds": _of(round(c.seconds), budget.seconds if budget else None),
+        "children, trained, steps per second": _rates(c),
+    }
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / max(1, whole):.1f} %"
+
+
+def _of(spent: float, most: float | None) -> str:
+    return f"{spent:,}" if most is None else f"{spent:,} of {most:,.0f}"
+
+
+def _rates(c: Counts) -> str:
+    seconds = max(c.seconds, 1e-9)
+    return f"{c.children / seconds:,.0f}, {c.unique / seconds:,.1f}, {c.updates / seconds:,.0f}"
+
+
+def save(search: Search, directory: Path) -> list[Path]:
+    """Write the champion's text, the report and its picture, each whole or not at all; returns their paths."""
+    suffix = f"-{search.worker}" if search.worker else ""
+    champion = search.champion
+    facts = {
+        "config": dataclasses.asdict(search.config),
+        "worker": search.worker,
+        "start_fitness": search.start_fitness,
+        "counts": dataclasses.asdict(search.counts),
+        "hits": search.counts.hits,
+        "redundancy": search.counts.redundancy,
+        "champion": {"text": champion.genome.text(), **dataclasses.asdict(champion.score), "generation": champion.generation},
+        "history": search.history,
+    }  # fmt: skip
+    return [
+        write_atomic(directory / f"champion{suffix}.txt", champion.genome.text()),
+        write_atomic(directory / f"report{suffix}.json", json.dumps(facts, indent=1) + "\n"),
+        write_atomic(directory / f"search{suffix}.png", _picture(search)),
+    ]
+
+
+def _picture(search: Search) -> bytes:
+    from matplotlib.figure import Figure
+
+    rows = search.history
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    best, shares = figure.subplots(1, 2)
+    unique = [row["counts"]["unique"] for row in rows]
+    best.plot(unique, [row["best"] for row in rows], marker=".")
+    best.axhline(search.start_fitness, color="gray", linestyle=":", label="start")
+    best.set(xlabel="trained candidates", ylabel="fitness of the best")
+    best.legend()
+    children = [row["counts"]["children"] for row in rows]
+    shares.plot(children, [row["hits"] for row in rows], label="children that were known")
+    shares.plot(children, [row["redundancy"] for row in rows], label="redundant statements")
+    shares.set(xlabel="children", ylabel="share of the last 1,000", ylim=(0, 1))
+    shares.legend()
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=120, metadata={"Software": None})
+    return target.getvalue()

@@ -1,0 +1,76 @@
+"""What a search trains on: suites of small dense networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metaopt import registry
+from metaopt.suite import listed, refuse_held_out
+from metaopt.task import Task
+
+SUITES: dict[str, dict[str, dict[str, Any]]] = {
+    # 300 to 2,500 parameters: classification and regression, with activations, depths, inits and conditions of many kinds
+    "search": {
+        "digits_tanh": {"task": "digits_mlp", "hidden": (16,), "activation": "tanh", "batch_size": 32},
+        "digits_2layer": {"task": "digits_mlp", "hidden": (16, 16), "batch_size": 64},
+        "shapes_small_init": {"task": "shapes8_mlp", "hidden": (16,), "activation": "gelu", "init_scale": 0.3},
+        "mixtures_silu": {"task": "mixtures_16d_mlp", "hidden": (24, 24), "activation": "silu", "batch_size": 32},
+        "ill_conditioned": {
+            "task": "digits_mlp", "data": "ill_conditioned_classes", "hidden": (16, 16), "activation": "elu", "batch_size": 32,
+        },
+        "teacher_relu": {"task": "teacher_32d_mlp", "hidden": (24,), "activation": "relu", "batch_size": 32},
+    },
+    # targets with Student's t noise, so gradients with heavy tails: tuned Lion beats tuned AdamW (benchmarks/sign_regime.py)
+    "sign": {
+        "outliers_4d_silu": {
+            "task": "teacher_4d_mlp_batch8", "hidden": (24, 24), "batch_size": 32, "noise_freedom": 1.5,
+        },
+        "outliers_8d_tanh": {
+            "task": "teacher_8d_mlp", "activation": "tanh", "batch_size": 32, "noise_freedom": 1.5,
+        },
+        "outliers_32d_gelu": {
+            "task": "teacher_32d_mlp", "hidden": (16,), "activation": "gelu", "batch_size": 64, "noise_freedom": 1.5,
+        },
+        "outliers_64d_relu": {
+            "task": "teacher_8d_mlp", "data": "teacher_64d", "hidden": (8,), "batch_size": 64, "noise_freedom": 1.5,
+        },
+    },
+}  # fmt: skip
+"""Suite -> name of the task -> the registered task that it is, under ``task``, and its options."""
+
+
+def tasks_of(suite: str) -> dict[str, Task]:
+    """The tasks of a suite, by name.
+
+    Raises:
+        ValueError: no such suite.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"no suite of a search is called {suite!r}; there are {', '.join(SUITES)}")
+    made = {}
+    for name, declared in SUITES[suite].items():
+        options = dict(declared)
+        task = options.pop("task")
+        made[name] = registry.create("task", task, name=name, **options)
+    return made
+
+
+def search_tasks(text: str) -> dict[str, Task]:
+    """The tasks that ``text`` names: a suite of this module, or registered tasks and ``suite:NAME`` with commas between them.
+
+    Raises:
+        ValueError: nothing of that name, a task of the held-out suite, or a family of tasks.
+    """
+    if text in SUITES:
+        return tasks_of(text)
+    names = listed(text.split(","))
+    refuse_held_out(names, "a search")
+    made = {}
+    for name in names:
+        task = registry.create("task", name)
+        if not isinstance(task, Task):
+            raise ValueError(f"{name} is a family of tasks; a search takes tasks (metaopt list tasks)")
+        made[name] = task
+    if not made:
+        raise ValueError("a search needs at least one task, got none")
+    return made

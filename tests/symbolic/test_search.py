@@ -1,0 +1,164 @@
+"""The search goes on where it was, counts what it does, shares its archive, and finds what is planted."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaopt.cli import main
+from metaopt.search import Archive, Elite
+from metaopt_symbolic.cascade import Cascade, usual_stages
+from metaopt_symbolic.genome import SEEDS, parse
+from metaopt_symbolic.planted import Planted
+from metaopt_symbolic.search import Budget, Search, SearchConfig
+from metaopt_symbolic.suites import tasks_of
+
+MOMENTUM = parse(SEEDS["momentum"])
+
+
+def planted_search(directory: Path, worker: int = 0, **changes: Any) -> Search:
+    config: dict[str, Any] = {"options": {"population": 200}, "batch": 50, "migrate_every": 4, **changes}
+    return Search(SearchConfig(SEEDS["adamw"], **config), Planted(MOMENTUM), directory, worker=worker)
+
+
+def facts(search: Search) -> list[Any]:
+    counts = {k: v for k, v in vars(search.counts).items() if k != "seconds"}
+    return [counts, [(c.genome, c.score, c.parent, c.generation) for c in search.best]]
+
+
+@pytest.mark.parametrize(
+    ("searcher", "options"),
+    [
+        ("evolution", {"population": 200, "patience": 400}),
+        ("islands", {"islands": 2, "population": 100, "migrate_every": 3}),
+        ("policy", {"population": 200}),
+        ("random", {}),
+    ],
+)
+def test_a_search_in_three_parts_is_the_unbroken_search(searcher: str, options: dict[str, Any], tmp_path: Path) -> None:
+    whole = planted_search(tmp_path / "whole", searcher=searcher, options=options)
+    whole.run(Budget(children=1500))
+    for children in (350, 900, 1500):
+        part = planted_search(tmp_path / "parts", searcher=searcher, options=options)
+        part.run(Budget(children=children))
+    assert facts(part) == facts(whole)
+    assert part.archive.elites() == whole.archive.elites()
+
+
+def test_every_child_is_counted_once(tmp_path: Path) -> None:
+    search = planted_search(tmp_path)
+    search.run(Budget(children=2000))
+    c = search.counts
+    assert c.children == 2000 == c.by_hash + c.by_behaviour + c.not_finite + c.inert + c.unique
+    assert c.by_hash and c.by_behaviour and c.inert and c.unique
+    assert [row["counts"]["children"] for row in search.history] == [1000, 2000]
+
+
+def test_interrupted_it_saves_and_goes_on(tmp_path: Path) -> None:
+    def interrupt(search: Search) -> None:
+        if search.counts.generations == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    broken = planted_search(tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(Budget(children=1000), on_generation=interrupt)
+    again = planted_search(tmp_path / "broken")
+    assert again.counts.generations == 3
+    again.run(Budget(children=1000))
+    whole = planted_search(tmp_path / "whole")
+    whole.run(Budget(children=1000))
+    assert facts(again) == facts(whole)
+
+
+def test_another_search_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    planted_search(tmp_path).run(Budget(children=100))
+    with pytest.raises(ValueError, match="holds a search with seed=0, not 1"):
+        planted_search(tmp_path, seed=1)
+
+
+def test_workers_take_in_each_others_best(tmp_path: Path) -> None:
+    first = planted_search(tmp_path)
+    first.run(Budget(children=3000))
+    second = planted_search(tmp_path, worker=1)
+    second.run(Budget(children=200))
+    assert second._welcomed == {first.champion.genome.digest}
+    second.run(Budget(children=600))
+    assert second.champion.score.fitness >= first.champion.score.fitness - 0.02
+    assert {elite.worker for elite in Archive(tmp_path, "discover-rule", vars(second.config)).elites()} == {0, 1}
+
+
+def test_the_regime_of_the_paper(tmp_path: Path) -> None:
+    """After 8,000 children from AdamW, most are known and most statements are redundant; the paper has 89 % and 70 %."""
+    tasks = tasks_of("search")
+    config = SearchConfig(SEEDS["adamw"], options={"population": 200})
+    search = Search(config, Cascade(tasks, usual_stages(list(tasks))), tmp_path)
+    search.run(Budget(children=8000))
+    assert search.counts.hits >= 0.7
+    assert search.counts.redundancy >= 0.5
+    assert search.champion.score.fitness > search.start_fitness + 0.1
+
+
+def test_constants_alone_leave_the_program_as_it_is(tmp_path: Path) -> None:
+    search = planted_search(tmp_path, searcher="constants")
+    search.run(Budget(children=500))
+    shape = [(a.target, a.function) for a in parse(SEEDS["adamw"]).body]
+    assert all([(a.target, a.function) for a in c.genome.body] == shape for c in search.best)
+    assert search.champion.score.fitness > search.start_fitness
+
+
+# -- archive and budget ------------------------------------------------------------------------------------------------
+
+
+def elite(**changes: Any) -> Elite:
+    return Elite(
+        **{"digest": "a", "text": "...", "score": 1.0, "scores": {"x": 1.0}, "worker": 0, "generation": 3, **changes}
+    )
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///{}/study.db"])
+def test_an_archive_keeps_elites_in_order_and_each_once(storage: str | None, tmp_path: Path) -> None:
+    url = storage and storage.format(tmp_path)
+    archive = Archive(tmp_path, "s", {"seed": 0}, url)
+    kept = [
+        elite(score=2.0),
+        elite(digest="b", score=1.0, parents=("a",), facts={"stage": 2}),
+        elite(digest="c", worker=1),
+    ]
+    for one in (*kept, kept[0]):
+        archive.add(one)
+    assert Archive(tmp_path, "s", {"seed": 0}, url).elites() == [kept[1], kept[2], kept[0]]
+    with pytest.raises(ValueError, match="must be finite, got nan"):
+        archive.add(elite(score=float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("90s", Budget(seconds=90)), ("1.5h", Budget(seconds=5400)), ("20m", Budget(seconds=1200)), ("500", Budget(children=500))],
+)  # fmt: skip
+def test_budgets(text: str, budget: Budget) -> None:
+    assert Budget.of(text) == budget
+
+
+@pytest.mark.parametrize("text", ["", "m", "-5m", "0", "2d", "infs", "nanh", "1e3"])
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a budget is a time above 0"):
+        Budget.of(text)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "found")
+    run = ["discover", "rule", "--budget", "300", "--out", out, "--set", "population=200", "--start"]
+    assert main([*run, "lion"]) == 0
+    printed = capsys.readouterr().err
+    assert "known by structure" in printed
+    assert "def train(w, g, m, lr):" in printed
+    names = {path.name for path in Path(out).iterdir()}
+    assert names == {"champion.txt", "report.json", "search.png", "study.log", "worker-0.npz"}
+    assert main([*run, "adamw"]) == 2
+    assert "holds a search with start=" in capsys.readouterr().err
+    assert main([*run, "muon"]) == 2
+    assert "muon is no program" in capsys.readouterr().err
