@@ -109,8 +109,12 @@ class Witness:
         self.kernels, self.made = kernels, made
 
     def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.kernels, name)
+        if not callable(attribute):
+            return attribute
+
         def call(*arguments: Any, **options: Any) -> Any:
-            done = getattr(self.kernels, name)(*arguments, **options)
+            done = attribute(*arguments, **options)
             self.made.update([] if done is None else [name])
             return done
 
