@@ -69,5 +69,5 @@ def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     for top in range(0, rows, height):
         panel = left[..., top : top + height, :] @ right[..., top:]
         product[..., top : top + height, top:] = panel
-        product[..., top:, top : top + height] = panel.mT
+        product[..., top + height :, top : top + height] = panel[..., height:].mT
     return product
