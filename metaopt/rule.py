@@ -7,6 +7,7 @@ Three ways to write one, from most general to least typing: `UpdateRule` (whole 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -335,9 +336,10 @@ class ElementwiseRule(TensorRule):
 
     Write `elementwise` with operators and ``torch.sqrt, sign, abs, exp, log, tanh, maximum, minimum, where, ...`` only:
     no shapes, no in-place, no branch on tensor values, no ``self.lr`` (hyperparameters are arguments; options may be
-    read from ``self``). Of a whole tensor there are ``x.norm()`` and ``x.mean()``: a rule that uses them steps tensor by
-    tensor, without kernels. ``slots`` names the state tensors, which start at zero unless `init_slot` says otherwise;
-    ``nonnegative`` those of them that never are below zero, which `EightBitState` keeps with twice the resolution.
+    read from ``self``). Of a whole tensor there are ``x.norm()`` and ``x.mean()``, of all tensors together ``global_norm(x)``
+    and ``global_sum(x)`` (of `metaopt.program`): a rule that uses them steps without kernels. ``slots`` names the state
+    tensors, which start at zero unless `init_slot` says otherwise; ``nonnegative`` those of them that never are below zero,
+    which `EightBitState` keeps with twice the resolution.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
@@ -384,8 +386,11 @@ class ElementwiseRule(TensorRule):
     ) -> tuple[Params, State]:
         """As `TensorRule.update`; where all tensors share hyperparameters and step count they run as one flat tensor.
 
-        Not so with norms or means of a tensor.
+        Not so with norms or means of a tensor. With those of the tree, param groups must agree on hyperparameters, and ``t``
+        is that of the tensor which has had most updates.
         """
+        if self.program.reach == "tree" and params:
+            return self._update_tree(grads, state, params, hp, ctx)
         dtypes = {param.dtype for param in params.values()}
         apart = isinstance(hp, PerParameter) or len(dtypes) > 1 or len(params) < 2 or self.program.reach != "element"
         if ctx.step is None or apart:
@@ -402,6 +407,26 @@ class ElementwiseRule(TensorRule):
             name: {"step": state[name]["step"] + 1, **{slot: split_slots[slot][name] for slot in self.slots}}
             for name in params
         }
+
+    def _update_tree(
+        self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
+    ) -> tuple[Params, State]:
+        from metaopt.program.program import evaluate_tree
+
+        dtype = functools.reduce(torch.promote_types, (param.dtype for param in params.values()), torch.float32)
+        steps = torch.stack([ctx.updates_of(state[name]) for name in params])
+        tree = [
+            {"param": param.to(dtype), "grad": grads[name].to(dtype)}
+            | {slot: state[name][slot].to(dtype) for slot in self.slots}
+            for name, param in params.items()
+        ]
+        leaves = evaluate_tree(self.program, tree, {**flat_hp(hp), "t": (steps.max() + 1).to(torch.float64)})
+        new_params, new_state = {}, {}
+        for (name, param), (new_param, *new_slots) in zip(params.items(), leaves, strict=True):
+            new_params[name] = new_param.to(param.dtype)
+            kept = {slot: new.to(state[name][slot].dtype) for slot, new in zip(self.slots, new_slots, strict=True)}
+            new_state[name] = {"step": state[name]["step"] + 1, **kept}
+        return new_params, new_state
 
 
 class GradientTransform(Declared, ABC):

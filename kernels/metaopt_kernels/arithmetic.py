@@ -71,8 +71,8 @@ def hyperbolic_tangent(x):
     decay = tl.exp(-2.0 * tl.abs(wide))
     size = (1.0 - decay) / (1.0 + decay)
     size = tl.where(wide < 0, -size, size)
-    # near 0 the difference above cancels, and two terms of the series are exact
-    return tl.where(tl.abs(wide) < 1e-4, wide - wide * wide * wide / 3.0, size).to(x.dtype)
+    # near 0 the difference above cancels, and two terms of the series are exact; as a product they keep the sign of -0.0
+    return tl.where(tl.abs(wide) < 1e-4, wide * (1.0 - wide * wide / 3.0), size).to(x.dtype)
 
 
 @triton.jit

@@ -221,6 +221,8 @@ class Bundle:
         kind.own[attribute] = _function_text("init_tensor", "self, param, info", "Initial state of one tensor.", body)
 
     def _update_tensor(self, kind: _Kind, rule: ElementwiseRule) -> str:
+        if rule.program.reach == "tree":
+            raise ExportError(f"{kind.cls.__name__} couples all tensors; within another rule it cannot be exported")
         kind.function = self.names.claim(f"{kind.name.lower()}_update")
         source, guards = update_function(rule, kind.function)
         self.names.define(Definition(kind.function, source, "function"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from metaopt.program import trace
 from metaopt.program.program import Arg, Program
 from metaopt.program.source import function_source
 from metaopt.rule import ElementwiseRule, TensorRule
@@ -15,7 +15,7 @@ from metaopt.space import Hyper
 GUARDS = {
     "div": '''def _div(x, y):
     """x / y of floats, where a zero divisor gives infinity or NaN."""
-    return x / y if y else (x * math.inf if x else math.nan)''',
+    return x / y if y else x * math.copysign(math.inf, y)''',
     "sqrt": '''def _sqrt(x):
     """The root of a float; NaN below zero."""
     return math.sqrt(x) if x >= 0 else math.nan''',
@@ -24,7 +24,16 @@ GUARDS = {
     return math.log(x) if x > 0 else (math.nan if x else -math.inf)''',
     "exp": '''def _exp(x):
     """exp of a float; infinity where it overflows."""
-    return math.exp(x) if x < 709.0 else math.inf''',
+    return math.inf if x > 709.782712893384 else math.exp(x)''',
+    "pow": '''def _pow(x, y):
+    """x ** y of floats, as torch has it: infinity where it overflows, NaN where it is not real."""
+    return (torch.tensor(x, dtype=torch.float64) ** y).item()''',
+    "maximum": '''def _maximum(x, y):
+    """The larger of two floats; NaN if either is."""
+    return math.nan if math.isnan(x) or math.isnan(y) else max(x, y)''',
+    "minimum": '''def _minimum(x, y):
+    """The smaller of two floats; NaN if either is."""
+    return math.nan if math.isnan(x) or math.isnan(y) else min(x, y)''',
     "sin": '''def _sin(x):
     """The sine of a float; NaN of infinity."""
     return math.sin(x) if math.isfinite(x) else math.nan''',
@@ -82,7 +91,7 @@ def _constant(value: torch.Tensor) -> float | None:
 
 def update_function(rule: ElementwiseRule, name: str) -> tuple[str, list[str]]:
     """The update of one tensor as a function, and the `GUARDS` that it calls."""
-    program = trace(rule)
+    program = rule.program
     guarded = _unsafe(program, _domains(rule))
     doc = "New values of one tensor and its state."
     if "t" in _used(program):
@@ -114,7 +123,7 @@ def _broken(line: str) -> list[str]:
 
 def call_lines(rule: ElementwiseRule, function: str, targets: str, tensors: list[str], hp: str, t: str) -> list[str]:
     """``targets = function(*tensors, ...)`` on values of ``hp``, with the tuples among them unpacked before."""
-    used = _used(trace(rule))
+    used = _used(rule.program)
     lines, scalars = [], []
     for name, value in rule.hp.items():
         if isinstance(value, tuple):
@@ -150,7 +159,8 @@ def _domains(rule: ElementwiseRule) -> dict[str, Hyper]:
 
 def _unsafe(program: Program, domains: Mapping[str, Hyper]) -> dict[str, str]:
     """Scalar statements that Python may refuse (a zero divisor, a negative root) -> the op that guards them."""
-    positive, below_one = {"t"}, set()
+    positive, below_one, finite = {"t"}, set(), {"t", *domains}
+    one_less: set[Arg] = set()  # 1 - x of an x in [0, 1): no number of these is below 1e-16
     for name, domain in domains.items():
         if domain.low > 0 or (domain.low == 0 and domain.open_low):
             positive.add(name)
@@ -160,20 +170,31 @@ def _unsafe(program: Program, domains: Mapping[str, Hyper]) -> dict[str, str]:
     def is_positive(arg: Arg) -> bool:
         return arg > 0 if isinstance(arg, float) else arg in positive
 
+    def is_number(arg: Arg) -> bool:
+        return not math.isnan(arg) if isinstance(arg, float) else arg in finite | positive | below_one
+
     unsafe = {}
     for s in program.prelude:
         x, *rest = s.args
         y = rest[0] if rest else x
-        if s.op in ("add", "mul", "div", "sqrt"):
-            above_zero = is_positive(x) and is_positive(y)
-        else:
-            above_zero = (s.op == "pow" and is_positive(x)) or (s.op == "sub" and x == 1.0 and y in below_one)
-        if above_zero:
+        at_least_one = y == "t" or (isinstance(y, float) and y >= 1)
+        decays = s.op == "pow" and x in below_one and at_least_one
+        tame = s.op == "pow" and x in one_less and isinstance(y, float) and abs(y) <= 10
+        if s.op == "sub" and x == 1.0 and y in below_one:
+            one_less.add(s.target)
+        # products and quotients of positive numbers may be 0
+        if (s.op in ("add", "sqrt") and is_positive(x) and is_positive(y)) or tame or s.target in one_less:
             positive.add(s.target)
-        if x in below_one and ((s.op == "pow" and is_positive(y)) or (s.op == "mul" and y in below_one)):
+        if decays or (s.op == "mul" and x in below_one and y in below_one):
             below_one.add(s.target)
-        nonzero = is_positive(y) or (isinstance(y, float) and y != 0)
-        fine = nonzero if s.op == "div" else s.op in ("sqrt", "log") and is_positive(x)
-        if s.op in GUARDS and not fine:
+        fine = {
+            "div": is_positive(y) or (isinstance(y, float) and y != 0),
+            "sqrt": is_positive(x),
+            "log": is_positive(x),
+            "pow": decays or tame,
+            "maximum": is_number(x) and is_number(y),
+            "minimum": is_number(x) and is_number(y),
+        }
+        if s.op in GUARDS and not fine.get(s.op):
             unsafe[s.target] = s.op
     return unsafe

@@ -9,6 +9,7 @@ import math
 import re
 import struct
 import textwrap
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ def write_module(rule: UpdateRule, name: str, path: str | Path, *, theta_limit: 
         TypeError: ``rule`` is no update rule.
     """
     path = Path(path)
+    text, aside = module_source(rule, name, path, theta_limit=theta_limit)
+    if aside:
+        write_atomic(path.with_suffix(".theta.pt"), lambda temporary: torch.save(aside, temporary))
+    return write_atomic(path, text)
+
+
+def module_source(
+    rule: UpdateRule, name: str, path: Path, *, theta_limit: int = 20_000
+) -> tuple[str, dict[str, Tensor] | None]:
+    """The text of the file that `write_module` writes, and the tensors that it keeps beside it; same arguments and errors."""
     if isinstance(rule, LearnedRule):
         raise TypeError(f"{type(rule).__name__} is a learned rule without numbers; export rule.bind(theta)")
     if isinstance(rule, BoundRule) and rule.stacked:
@@ -80,9 +91,7 @@ def write_module(rule: UpdateRule, name: str, path: str | Path, *, theta_limit: 
     if any(len(line) > 120 for line in text.splitlines()):
         text = f"# ruff: noqa: E501\n{text}"
     ast.parse(text)  # nothing that Python cannot read leaves this function
-    if aside:
-        write_atomic(path.with_suffix(".theta.pt"), lambda temporary: torch.save(aside, temporary))
-    return write_atomic(path, text)
+    return text, aside
 
 
 def camel_case(name: str) -> str:
@@ -105,6 +114,15 @@ def camel_case(name: str) -> str:
 def _elementwise_body(rule: ElementwiseRule, name: str, function: str) -> str:
     source, guards = update_function(rule, function)
     values = slot_values(rule, hp="self.defaults") or {}
+    if rule.program.reach == "tree":
+        step = _tree_step(rule, function, values)
+        parts = [
+            *(GUARDS[guard] for guard in guards),
+            templates.TREE.strip(),
+            source,
+            _optimizer_class(rule, name, step),
+        ]
+        return "\n\n\n".join([*parts, _domains(rule), templates.SMOKE.format(name=name, arguments="").strip()])
     init = [f'state["{slot}"] = {value.replace("param", "wide")}' for slot, value in values.items()]
     slots = [f'state["{slot}"]' for slot in rule.slots]
     call = call_lines(rule, function, ", ".join(["new", *slots]), ["wide", "grad", *slots], "group", 'state["step"]')
@@ -113,6 +131,17 @@ def _elementwise_body(rule: ElementwiseRule, name: str, function: str) -> str:
     ).replace("\n\n        state[", "\n        state[")
     parts = [*(GUARDS[guard] for guard in guards), source, _optimizer_class(rule, name, step)]
     return "\n\n\n".join([*parts, _domains(rule), templates.SMOKE.format(name=name, arguments="").strip()])
+
+
+def _tree_step(rule: ElementwiseRule, function: str, values: Mapping[str, str]) -> str:
+    init = [f'state["{slot}"] = {value.replace("param", "own")}' for slot, value in values.items()]
+    load = [f'{slot} = _Tree(state["{slot}"].to(dtype) for state in states)' for slot in rule.slots]
+    store = [f'state["{slot}"] = new_{slot}.leaves[i].to(state["{slot}"].dtype)' for slot in rule.slots]
+    targets = ", ".join(["new", *(f"new_{slot}" for slot in rule.slots)])
+    call = call_lines(rule, function, targets, ["wide", "grad", *rule.slots], "group", "float(t)")
+    blocks = {"init": (init, 16), "slots": (load, 8), "call": (call, 8), "store": (store, 12)}
+    filled = {key: textwrap.indent("\n".join(lines), " " * depth) for key, (lines, depth) in blocks.items()}
+    return re.sub(r"\n\n(?=        (?! *def ))", "\n", templates.TREE_STEP.format(**filled))
 
 
 def _bundle_body(
@@ -194,7 +223,7 @@ Use it like any other::
 
 def _imports(imports: set[str], body: str) -> str:
     code = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("#"))
-    for module in ("base64", "functools", "math", "pathlib", "struct"):
+    for module in ("base64", "functools", "math", "operator", "pathlib", "struct"):
         if re.search(rf"(?<![\w.]){module}\.\w", code):
             imports = imports | {f"import {module}"}
     merged: dict[str, list[str]] = {}

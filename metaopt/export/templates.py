@@ -58,6 +58,91 @@ ELEMENTWISE_STEP = '''
         param.copy_(new)
 '''
 
+TREE_STEP = '''
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of all parameters that have gradients; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        for name in _DOMAINS:
+            if any(other[name] != group[name] for other in self.param_groups):
+                raise ValueError(f"{{name}} acts on all parameters together, so its param groups must agree")
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if params:
+            self._update(params, group)
+        return loss
+
+    def _update(self, params, group):
+        dtype = functools.reduce(torch.promote_types, (param.dtype for param in params), torch.float32)
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states):
+            if not state:
+                own = param.to(torch.promote_types(param.dtype, torch.float32))
+                state["step"] = 0
+{init}
+        t = 1 + max(int(state["step"]) for state in states)
+        wide, grad = _Tree(param.to(dtype) for param in params), _Tree(param.grad.to(dtype) for param in params)
+{slots}
+{call}
+        for i, (param, state) in enumerate(zip(params, states)):
+            state["step"] = int(state["step"]) + 1
+{store}
+            param.copy_(new.leaves[i])
+'''
+
+TREE = '''
+class _Tree:
+    """A value for each tensor: operators and torch functions act on each by itself, with numbers that serve all."""
+
+    def __init__(self, leaves):
+        self.leaves = list(leaves)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return _each(function, *args, **(kwargs or {}))
+
+    def __neg__(self):
+        return _each(operator.neg, self)
+
+    def clone(self):
+        return _each(torch.clone, self)
+
+    def mean(self):
+        return _each(torch.mean, self)
+
+    def to(self, dtype):
+        return _each(lambda leaf: leaf.to(dtype), self)
+
+    @property
+    def dtype(self):
+        return self.leaves[0].dtype
+
+
+def _each(function, *args, **kwargs):
+    count = next(len(arg.leaves) for arg in args if isinstance(arg, _Tree))
+    columns = [arg.leaves if isinstance(arg, _Tree) else [arg] * count for arg in args]
+    return _Tree(function(*column, **kwargs) for column in zip(*columns))
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "gt", "lt", "ge", "le", "ne"):
+    _operation = getattr(operator, _name)
+    setattr(_Tree, f"__{_name}__", lambda x, y, operation=_operation: _each(operation, x, y))
+    setattr(_Tree, f"__r{_name}__", lambda x, y, operation=_operation: _each(operation, y, x))
+
+
+def global_sum(x):
+    """The sum over all elements of all tensors."""
+    return sum(leaf.sum() for leaf in x.leaves)
+
+
+def global_norm(x):
+    """The Euclidean norm over all elements of all tensors."""
+    return torch.sqrt(global_sum(x * x))
+'''
+
 RULE_STEP = '''
     @torch.no_grad()
     def step(self, closure=None{loss_argument}):

@@ -4,9 +4,10 @@ from metaopt.program.build import compiler
 from metaopt.program.cpp import CppStep, compile_cpp, cpp_source
 from metaopt.program.inplace import compile_in_place, in_place_source
 from metaopt.program.ops import OPS, REDUCTIONS, Op, Reduction
+from metaopt.program.parse import ProgramTextError, parse_program
 from metaopt.program.program import Program, Statement, evaluate, evaluate_tree
 from metaopt.program.source import python_source
-from metaopt.program.trace import TraceError, trace, where
+from metaopt.program.trace import TraceError, global_norm, global_sum, trace, where
 
 __all__ = [
     "OPS",
@@ -14,6 +15,7 @@ __all__ = [
     "CppStep",
     "Op",
     "Program",
+    "ProgramTextError",
     "Reduction",
     "Statement",
     "TraceError",
@@ -23,7 +25,10 @@ __all__ = [
     "cpp_source",
     "evaluate",
     "evaluate_tree",
+    "global_norm",
+    "global_sum",
     "in_place_source",
+    "parse_program",
     "python_source",
     "trace",
     "where",

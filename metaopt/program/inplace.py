@@ -288,6 +288,8 @@ class _Selection:
 
     def _emit_where(self, s: Statement) -> None:
         condition, x, y = s.args
+        compared = condition in self.by_name and self.by_name[str(condition)].op in COMPARISONS
+        test = "" if compared else " != 0"
         if self._is_scalar(condition):  # one branch for the whole tensor
             like = y if self._is_scalar(x) else x
             branches = [f"torch.full_like({{}}, {_scalar(v)})" if self._is_scalar(v) else "{}.clone()" for v in (x, y)]
@@ -296,9 +298,9 @@ class _Selection:
         elif self._is_scalar(x) and self._is_scalar(y):
             # a 0-d tensor carries the dtype: two plain numbers would give torch's default dtype
             branches = [f"{{like}}.new_full((), {_scalar(x)})", _scalar(y)]
-            self.calls.append(_Call(s.target, f"torch.where({{0}}, {', '.join(branches)})", (str(condition),)))
+            self.calls.append(_Call(s.target, f"torch.where({{0}}{test}, {', '.join(branches)})", (str(condition),)))
         else:
-            self._expression(s, "torch.where({}, {}, {})", s.args, keep_first=True)
+            self._expression(s, f"torch.where({{}}{test}, {{}}, {{}})", s.args, keep_first=True)
 
     def _expression(self, s: Statement, template: str, args: Sequence[Arg], keep_first: bool = False) -> None:
         """A call by expression; ``keep_first`` leaves the first argument a truth value."""

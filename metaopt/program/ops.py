@@ -65,6 +65,8 @@ def _safe_pow(x: Any, y: Any) -> Any:
 
 
 def _scalar_pow(x: float, y: float) -> float:
+    if y == 0.5:  # as torch does: of -inf the power would be inf, and the root is NaN
+        return _scalar_sqrt(x)
     try:
         power = x**y
     except (ZeroDivisionError, OverflowError):
@@ -86,7 +88,7 @@ def _scalar_sign(x: float) -> float:
 
 def _scalar_div(x: float, y: float) -> float:
     if y == 0:
-        return math.nan if x == 0 or math.isnan(x) else math.copysign(math.inf, x)
+        return x * math.copysign(math.inf, y)
     return x / y
 
 
@@ -116,6 +118,10 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
     return torch.where(condition, x, y)
 
 
+def _scalar_extremum(function: Callable[[float, float], float]) -> Callable[[float, float], float]:
+    return lambda x, y: math.nan if math.isnan(x) or math.isnan(y) else function(x, y)
+
+
 def _compare(function: Callable[[Any, Any], Any]) -> Callable[[float, float], float]:
     return lambda x, y: float(function(x, y))
 
@@ -140,9 +146,9 @@ OPS: dict[str, Op] = {
         Op("sin", 1, torch.sin, _of_finite(math.sin), "torch.sin({0})", "std::sin({0})", "sine({0})", "sin"),
         Op("cos", 1, torch.cos, _of_finite(math.cos), "torch.cos({0})", "std::cos({0})", "cosine({0})", "cos"),
         Op("atan", 1, torch.atan, math.atan, "torch.atan({0})", "std::atan({0})", "arctangent({0})", "atan"),
-        Op("maximum", 2, _extremum(torch.maximum), max, "torch.maximum({0}, {1})",
+        Op("maximum", 2, _extremum(torch.maximum), _scalar_extremum(max), "torch.maximum({0}, {1})",
            "nan_max({0}, {1})", "maximum({0}, {1})", "maximum"),
-        Op("minimum", 2, _extremum(torch.minimum), min, "torch.minimum({0}, {1})",
+        Op("minimum", 2, _extremum(torch.minimum), _scalar_extremum(min), "torch.minimum({0}, {1})",
            "nan_min({0}, {1})", "minimum({0}, {1})", "minimum"),
         Op("gt", 2, operator.gt, _compare(operator.gt), "{0} > {1}", "({0} > {1})", "({0} > {1})", None, 4),
         Op("lt", 2, operator.lt, _compare(operator.lt), "{0} < {1}", "({0} < {1})", "({0} < {1})", None, 4),
@@ -167,7 +173,7 @@ class Reduction:
         generated_part: format string of ``part`` in C++ and in Triton.
         cpp: format string of ``finish`` in C++.
         triton: format string of ``finish`` in Triton.
-        python: format string of readable Python on one tensor; empty for reductions over the tree.
+        python: format string of readable Python; of reductions over the tree, with `metaopt.program.trace`'s functions.
     """
 
     name: str
@@ -177,7 +183,7 @@ class Reduction:
     generated_part: str
     cpp: str
     triton: str
-    python: str = ""
+    python: str
 
 
 def _square(x: Tensor) -> Tensor:
@@ -196,9 +202,9 @@ REDUCTIONS: dict[str, Reduction] = {
                   "{0}", "({0} / {1})", "divide({0}, {1})", "{0}.mean()"),
         Reduction("norm", "tensor", _square, lambda total, count: _safe_sqrt(total),
                   "({0} * {0})", "std::sqrt({0})", "square_root({0})", "torch.linalg.vector_norm({0})"),
-        Reduction("global_sum", "tree", _same, lambda total, count: total, "{0}", "{0}", "{0}"),
+        Reduction("global_sum", "tree", _same, lambda total, count: total, "{0}", "{0}", "{0}", "global_sum({0})"),
         Reduction("global_norm", "tree", _square, lambda total, count: _safe_sqrt(total),
-                  "({0} * {0})", "std::sqrt({0})", "square_root({0})"),
+                  "({0} * {0})", "std::sqrt({0})", "square_root({0})", "global_norm({0})"),
     )
 }
 # fmt: on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 
@@ -21,9 +22,9 @@ def function_source(program: Program, name: str, doc: str = "", guarded: Collect
     """The whole program as one function: ``def name(param, grad, *slots, *, lr, beta1, ..., t)``, scalars as floats.
 
     No output aliases an input, so a caller may keep them. Statements in ``guarded`` are printed with ``_div``,
-    ``_sqrt``, ``_exp`` and ``_log``: the caller provides these, giving NaN or infinity where Python would raise.
+    ``_sqrt``, ``_exp`` and the like: the caller provides these, giving NaN or infinity where Python would raise.
     """
-    writer = _Writer(program, scalar=None, guarded=guarded)
+    writer = Writer(program, scalar=None, guarded=guarded)
     used = {arg for s in program.statements for arg in s.args} | set(program.outputs)
     scalars = [scalar for scalar in program.scalars if scalar in used]
     keyword = f", *, {', '.join(scalars)}" if scalars else ""
@@ -38,7 +39,7 @@ def function_source(program: Program, name: str, doc: str = "", guarded: Collect
 
 def coefficients_source(program: Program, name: str) -> str:
     """``def coefficients(lr, beta1, ..., t)`` -> the kernel's scalars as a dict of floats."""
-    writer = _Writer(program, scalar=True)
+    writer = Writer(program, scalar=True)
     lines = [f"def {name}({', '.join(program.scalars)}):"]
     lines += [f"    {line}" for line in writer.lines(program.prelude, keep=set(program.coefficients))]
     items = ", ".join(f'"{c}": {c}' for c in program.coefficients)
@@ -47,7 +48,7 @@ def coefficients_source(program: Program, name: str) -> str:
 
 def update_source(program: Program, name: str) -> str:
     """``def update(param, grad, *slots, *, **coefficients)`` -> new parameter and slots."""
-    writer = _Writer(program, scalar=False)
+    writer = Writer(program, scalar=False)
     keyword = f", *, {', '.join(program.coefficients)}" if program.coefficients else ""
     lines = [f"def {name}({', '.join(program.tensors)}{keyword}):"]
     lines += [f"    {line}" for line in writer.lines(program.kernel, keep=set())]
@@ -64,7 +65,7 @@ _SCALAR_FORMS = {
 _WIDEST = 96
 
 
-class _Writer:
+class Writer:
     """Prints statements, folding those that are used once and unnamed into the expression that uses them.
 
     ``scalar``: whether statements are on floats; None means: those of the program's prelude are.
@@ -94,6 +95,9 @@ class _Writer:
             return f"torch.full_like(param, {self.text(out, 0)})"
         if out not in self.program.element_names:
             return f"torch.zeros_like(param) + {self.number(out, 6)}"
+        made = self.by_name.get(str(out))
+        if made is not None and made.op == "where" and self.is_scalar(made.args[0]):
+            return f"({self.text(out, 0)}).clone()"  # a branch may be an input
         return f"{out}.clone()" if out in self.program.tensors else self.number(out, 0)
 
     def is_scalar(self, arg: Arg) -> bool:
@@ -118,7 +122,10 @@ class _Writer:
             return f"torch.clamp({self.number(tensor, 0)}, {side}={self.text(bound, 0)})", 9
         if s.target in self.guarded:
             return f"_{s.op}({', '.join(self.text(arg, 0) for arg in s.args)})", 9
+        if scalar and _compares(s):
+            return f"float({self.comparison(s)})", 9
         template = _SCALAR_FORMS.get(s.op, op.python) if scalar else op.python
+        literal = scalar and (s.op in ("maximum", "minimum") or all(isinstance(arg, float) for arg in s.args))
         args = []
         for i, arg in enumerate(s.args):
             if op.precedence == 9:
@@ -129,22 +136,32 @@ class _Writer:
                 # the right operand of -, / and ** (and the left of **) binds tighter
                 least = op.precedence + (i == 1 if s.op != "pow" else i == 0)
             power = s.op == "pow" and i == 1
-            args.append(self.number(arg, 0 if power and isinstance(arg, float) else least))
+            least = 0 if power and isinstance(arg, float) else least
+            args.append(_floating(arg, least) if literal and isinstance(arg, float) else self.number(arg, least))
         return template.format(*args), op.precedence
 
     def choice(self, s: Statement, scalar: bool) -> tuple[str, int]:
         condition, *branches = s.args
         if scalar:
-            return f"{self.text(branches[0], 2)} if {self.text(condition, 2)} else {self.text(branches[1], 1)}", 1
+            yes, no = (_floating(b, 0) if isinstance(b, float) else self.text(b, 2 - i) for i, b in enumerate(branches))
+            return f"{yes} if {self.test(condition)} else {no}", 1
         if self.is_scalar(condition):
             full = "torch.full_like(param, {})"
             yes, no = (full.format(self.text(b, 0)) if self.is_scalar(b) else self.number(b, 2) for b in branches)
-            return f"{yes} if {self.text(condition, 2)} else {no}", 1
+            return f"{yes} if {self.test(condition)} else {no}", 1
         test = self.text(condition, 0) if self.is_mask(condition) else f"{self.text(condition, 5)} != 0"
         yes, no = (self.number(branch, 0) for branch in branches)
         if self.is_scalar(branches[0]) and self.is_scalar(branches[1]):
             yes = f"torch.full_like(param, {yes})"  # of two floats torch would make a float32
         return f"torch.where({test}, {yes}, {no})", 9
+
+    def test(self, condition: Arg) -> str:
+        """A scalar condition."""
+        folded = condition in self.folded and _compares(self.by_name[str(condition)])
+        return self.comparison(self.by_name[str(condition)]) if folded else self.text(condition, 2)
+
+    def comparison(self, s: Statement) -> str:
+        return OPS[s.op].python.format(*(self.text(arg, OPS[s.op].precedence + 1) for arg in s.args))
 
     def number(self, arg: Arg, minimum: int) -> str:
         """The text of an operand; a comparison of tensors counts as 1 or 0."""
@@ -152,14 +169,20 @@ class _Writer:
 
     def text(self, arg: Arg, minimum: int) -> str:
         if isinstance(arg, float):
-            text = repr(int(arg)) if arg.is_integer() and abs(arg) < 1e15 else repr(arg)
-            if text in ("inf", "-inf", "nan"):
-                return f'float("{text}")'
-            return f"({text})" if arg < 0 and minimum > 0 else text
+            if not arg.is_integer() or abs(arg) >= 1e15 or repr(arg) == "-0.0":
+                return _floating(arg, minimum)
+            return f"({int(arg)})" if arg < 0 and minimum > 0 else repr(int(arg))
         if arg in self.folded:
             text, precedence = self.expression(self.by_name[arg])
             return f"({text})" if precedence < minimum else text
         return arg
+
+
+def _floating(number: float, minimum: int) -> str:
+    """A literal that no arithmetic takes for an integer: of these Python makes integers of any length."""
+    if not math.isfinite(number):
+        return f'float("{number}")'
+    return f"({number!r})" if math.copysign(1.0, number) < 0 and minimum > 0 else repr(number)
 
 
 def _compares(s: Statement) -> bool:

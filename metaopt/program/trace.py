@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -25,13 +26,21 @@ _TORCH_NAMES = {
     "atan": "atan", "arctan": "atan", "maximum": "maximum", "minimum": "minimum",
     "where": "where", "gt": "gt", "greater": "gt", "lt": "lt", "less": "lt", "ge": "ge", "greater_equal": "ge",
     "le": "le", "less_equal": "le", "mean": "mean", "norm": "norm", "linalg_vector_norm": "norm",
+    "global_sum": "global_sum", "global_norm": "global_norm",
+}  # fmt: skip
+_ARITIES = {
+    "square": 1, "reciprocal": 1, "rsqrt": 1, "lerp": 3, "addcmul": 3, "addcdiv": 3, "zeros_like": 1, "ones_like": 1
+}  # fmt: skip
+_KEYWORDS = {
+    "clamp": ("min", "max"), "clip": ("min", "max"), "addcmul": ("value",), "addcdiv": ("value",),
+    "add": ("alpha",), "sub": ("alpha",), "subtract": ("alpha",),
 }  # fmt: skip
 
 
 class Symbol:
     """A value under tracing; operators and torch functions on it append statements."""
 
-    def __init__(self, tracer: _Tracer, name: str) -> None:
+    def __init__(self, tracer: Tracer, name: str) -> None:
         self._tracer = tracer
         self._name = name
 
@@ -81,12 +90,21 @@ for _op in ("gt", "lt", "ge", "le"):
     setattr(Symbol, f"__{_op}__", _binary(_op))
 
 
-class _Tracer:
-    def __init__(self) -> None:
+class Tracer:
+    """Collects the statements that operations on its symbols append; equal ones are one.
+
+    Attributes:
+        inputs: names that no statement may take.
+        statements: in order.
+    """
+
+    def __init__(self, inputs: Collection[str]) -> None:
+        self.inputs = inputs
         self.statements: list[Statement] = []
-        self._known: dict[tuple[str, tuple[Arg, ...]], Symbol] = {}  # common subexpressions
+        self._known: dict[tuple[str, ...], Symbol] = {}  # common subexpressions
 
     def arg(self, value: Any) -> Arg:
+        """A number or symbol as statements have it."""
         if isinstance(value, Symbol):
             return value._name
         if isinstance(value, (int, float)):
@@ -96,12 +114,16 @@ class _Tracer:
         )
 
     def emit(self, op: str, *args: Any) -> Symbol:
+        """The value of ``op(*args)``."""
         names = tuple(self.arg(a) for a in args)
-        if (op, names) not in self._known:
-            symbol = Symbol(self, f"v{len(self.statements)}")
-            self.statements.append(Statement(symbol._name, op, names))
-            self._known[op, names] = symbol
-        return self._known[op, names]
+        key = op, *map(repr, names)  # 0.0 == -0.0
+        if key not in self._known:
+            target = f"v{len(self.statements)}"
+            while target in self.inputs:
+                target += "_"
+            self.statements.append(Statement(target, op, names))
+            self._known[key] = Symbol(self, target)
+        return self._known[key]
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
         """A torch function or tensor method, by name."""
@@ -110,6 +132,11 @@ class _Tracer:
                 f"{name} works in place; an elementwise rule is pure: write x = x.{name[:-1]}(...) and return x"
             )
         name = name.strip("_")
+        if name in _ARITIES and len(args) != _ARITIES[name]:
+            raise TraceError(f"{name} takes {_ARITIES[name]} arguments, got {len(args)}")
+        unknown = kwargs.keys() - _KEYWORDS.get(name, ())
+        if unknown and (name in _ARITIES or name in _KEYWORDS):
+            raise TraceError(f"{name} takes no {min(unknown)}= in an elementwise rule; write the arithmetic out")
         if name == "square":
             return self.emit("mul", args[0], args[0])
         if name == "reciprocal":
@@ -120,6 +147,8 @@ class _Tracer:
             start, end, weight = args
             return self.emit("add", start, self.emit("mul", weight, self.emit("sub", end, start)))
         if name in ("clamp", "clip"):
+            if not 1 <= len(args) <= 3:
+                raise TraceError(f"{name} takes a value and two bounds, got {len(args)} arguments")
             low = kwargs.get("min", args[1] if len(args) > 1 else None)
             high = kwargs.get("max", args[2] if len(args) > 2 else None)
             value = args[0] if low is None else self.emit("maximum", args[0], low)
@@ -128,8 +157,9 @@ class _Tracer:
             product = self.emit("mul" if name == "addcmul" else "div", args[1], args[2])
             return self.emit("add", args[0], self.emit("mul", kwargs.get("value", 1.0), product))
         if name in ("zeros_like", "ones_like"):
-            return self.emit("mul", 0.0, args[0]) if name == "zeros_like" else self.emit("pow", args[0], 0.0)
-        if name not in _TORCH_NAMES or kwargs.keys() - {"alpha"}:
+            ones = self.emit("pow", args[0], 0.0)  # also where it is NaN
+            return ones if name == "ones_like" else self.emit("mul", 0.0, ones)
+        if name not in _TORCH_NAMES or unknown:
             raise TraceError(
                 f"{name} is not elementwise arithmetic; an elementwise rule may use {', '.join(sorted(set(_TORCH_NAMES)))}"
             )
@@ -138,6 +168,8 @@ class _Tracer:
             raise TraceError(
                 f"{name} takes the whole tensor and no further arguments, so that it fits tensors of any shape"
             )
+        if op in OPS and len(args) != OPS[op].arity:
+            raise TraceError(f"{name} takes {OPS[op].arity} arguments, got {len(args)}")
         if "alpha" in kwargs:
             return self.emit(op, args[0], self.emit("mul", kwargs["alpha"], args[1]))
         return self.emit(op, *args)
@@ -169,6 +201,21 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     return x if condition else y
 
 
+def global_sum(x: Any) -> Any:
+    """The sum of a value over all elements of all tensors together; a tensor that comes alone is all there are."""
+    return x._tracer.emit("global_sum", x) if isinstance(x, Symbol) else _alone("global_sum", x)
+
+
+def global_norm(x: Any) -> Any:
+    """The Euclidean norm of a value over all elements of all tensors together; see `global_sum`."""
+    return x._tracer.emit("global_norm", x) if isinstance(x, Symbol) else _alone("global_norm", x)
+
+
+def _alone(name: str, x: torch.Tensor) -> torch.Tensor:
+    reduction = REDUCTIONS[name]
+    return reduction.finish(reduction.part(x).sum(), x.numel())
+
+
 def trace(rule: ElementwiseRule) -> Program:
     """The program of ``rule``; depends on its options, not on its hyperparameters. Prefer ``rule.program``, which keeps it.
 
@@ -182,7 +229,7 @@ def trace(rule: ElementwiseRule) -> Program:
     }
     scalars = (*flat_hp(structure).values(), "t")
     tensors = ("param", "grad", *_checked_slots(rule, scalars))
-    tracer = _Tracer()
+    tracer = Tracer({*scalars, *tensors})
 
     def symbols(names: Any) -> Any:
         return tuple(Symbol(tracer, n) for n in names) if isinstance(names, tuple) else Symbol(tracer, names)
@@ -197,7 +244,7 @@ def trace(rule: ElementwiseRule) -> Program:
         raise TraceError(f"{cls.__name__}.elementwise must return ({expected}), got {len(outputs)} values")
     program = Program(scalars, tensors, tuple(tracer.statements), tuple(tracer.arg(o) for o in outputs))
     chosen = {s._name: name for name, s in coefficients.items() if isinstance(s, Symbol)}
-    return _renamed(without_dead(program), {**names.found, **chosen})
+    return renamed(without_dead(program), {**names.found, **chosen})
 
 
 def _checked_slots(rule: ElementwiseRule, scalars: tuple[str, ...]) -> tuple[str, ...]:
@@ -247,15 +294,19 @@ def without_dead(program: Program) -> Program:
     return Program(program.scalars, program.tensors, tuple(reversed(kept)), program.outputs)
 
 
-def _renamed(program: Program, names: dict[str, str]) -> Program:
+def renamed(program: Program, names: dict[str, str]) -> Program:
     """Give statements the author's names; a name that is taken gets ``new_`` or a number."""
     taken = {*program.scalars, *program.tensors}
     mapping: dict[Arg, str] = {}
     for s in program.statements:
         complement = s.op == "sub" and s.args[0] == 1.0 and s.args[1] in program.scalars
         wanted = names.get(s.target, f"one_minus_{s.args[1]}" if complement else s.target)
-        candidates = [wanted, f"new_{wanted}", *(f"{wanted}_{i}" for i in range(2, len(program.statements) + 3))]
-        mapping[s.target] = next(name for name in candidates if name not in taken)
+        if s.target not in names and not complement:  # nobody's name gives way to one that was made up
+            numbered = (f"v{k}" for k in count(len(program.statements)))
+            candidates, refused = chain([wanted], numbered), {*taken, *names.values()}
+        else:
+            candidates, refused = chain([wanted, f"new_{wanted}"], (f"{wanted}_{k}" for k in count(2))), taken
+        mapping[s.target] = next(name for name in candidates if name not in refused)
         taken.add(mapping[s.target])
 
     def arg(a: Arg) -> Arg:

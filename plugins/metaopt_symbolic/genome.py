@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from metaopt.program.parse import syntax_tree
 from metaopt.program.program import Arg, Program, Statement
-from metaopt.program.trace import without_dead
+from metaopt.program.trace import renamed, without_dead
 from metaopt.rule import ElementwiseRule, flat_hp
 from metaopt_symbolic.language import FUNCTIONS, OF_OPERATION
 
@@ -54,11 +55,18 @@ class Genome:
 
     def __post_init__(self) -> None:
         known = {*self.tensors, *self.scalars}
+        if len(known) < len(self.tensors) + len(self.scalars):
+            raise GenomeError(f"inputs must differ, got {', '.join([*self.tensors, *self.scalars])}")
         for name in [*self.tensors, *self.scalars, *self.outputs, *(a.target for a in self.body)]:
-            if not name.isidentifier() or keyword.iskeyword(name) or name in FUNCTIONS:
+            # Python takes some letters for others (NFKC), and generated code is not all Python
+            fits = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+            if not fits or name in FUNCTIONS or name in ("inf", "nan", "torch", "math", "float", "self"):
                 raise GenomeError(
-                    f"{name!r} cannot name a variable; use an identifier that is no keyword and no function"
+                    f"{name!r} cannot name a variable; use an ASCII identifier that is no keyword and means nothing else"
                 )
+        for name in self.scalars:
+            if name in self.outputs[1:]:
+                raise GenomeError(f"{name!r} is a number at the start, so it cannot be state; make it a tensor")
         for k, (target, function, args) in enumerate(self.body):
             if function not in FUNCTIONS:
                 raise GenomeError(f"line {k + 1}: there is no function {function!r}; there are {', '.join(FUNCTIONS)}")
@@ -101,24 +109,32 @@ class Genome:
 
     # -- as a program ----------------------------------------------------------------------------------------------
 
-    def program(self) -> Program:
+    def program(self, *, named: bool = False) -> Program:
         """The rule ``param <- param - update`` as the engine's single-assignment `Program`, without dead statements.
 
+        Args:
+            named: whether values keep the variables' names, for readers.
+
         Raises:
-            GenomeError: an output that has no value per element, or outputs beside the first that are not the slots in order.
+            GenomeError: an output that has no value per element, outputs beside the first that are not the slots in order, or a
+                slot or number called as an optimizer's own things.
         """
         if self.outputs[1:] != self.slots:
             raise GenomeError(
                 f"after {self.outputs[0]!r} an optimizer must return {self.slots}, got {self.outputs[1:]}"
             )
+        for name in (*self.slots, *self.scalars):
+            if name in ("param", "grad", "step"):
+                raise GenomeError(f"{name!r} is a name of the optimizer; choose another for the slot or number")
         statements: list[Statement] = []
-        made: dict[tuple[str, tuple[Arg, ...]], str] = {}
-        named = {"w": "param", "g": "grad"}
-        values: dict[str, Arg] = {name: named.get(name, name) for name in (*self.tensors, *self.scalars)}
+        made: dict[tuple[str, ...], str] = {}
+        own = dict(zip(self.tensors, ("param", "grad"), strict=False))
+        values: dict[str, Arg] = {name: own.get(name, name) for name in (*self.tensors, *self.scalars)}
+        names: dict[str, str] = {}
         inputs = {str(value) for value in values.values()}
 
         def emit(op: str, *args: Arg) -> Arg:
-            key = op, args
+            key = op, *map(repr, args)  # 0.0 == -0.0
             if key not in made:
                 target = f"v{len(statements)}"
                 while target in inputs:
@@ -132,15 +148,16 @@ class Genome:
                 values[target] = FUNCTIONS[function].expand(
                     emit, *(values[arg] if isinstance(arg, str) else float(arg) for arg in args)
                 )
+                names.setdefault(str(values[target]), target)
             outputs = (emit("sub", "param", values[self.outputs[0]]), *(values[name] for name in self.outputs[1:]))
-            tensors = tuple(str(named.get(name, name)) for name in self.tensors)
+            tensors = tuple(own.get(name, name) for name in self.tensors)
             program = Program(self.scalars, tensors, tuple(statements), outputs)
         except ValueError as error:
             raise GenomeError(str(error)) from error
         for name in self.outputs:
             if values[name] not in program.element_names:
                 raise GenomeError(f"the output {name!r} has no value for each element; it must depend on a tensor")
-        return without_dead(program)
+        return renamed(without_dead(program), names) if named else without_dead(program)
 
 
 def parse(text: str) -> Genome:
@@ -152,12 +169,11 @@ def parse(text: str) -> Genome:
     Raises:
         GenomeError: anything else than assignments of calls to variables, and one return.
     """
-    if len(text) > 100_000:
-        raise GenomeError(f"a program's text may have 100000 characters, got {len(text)}")
     try:
-        (function,) = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise GenomeError(f"not one Python function: {error}") from None
+        body = syntax_tree(text).body
+    except ValueError as error:
+        raise GenomeError(str(error)) from None
+    function = body[0] if len(body) == 1 else None
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
         raise GenomeError("the text must be one function, without decorators")
     a = function.args
@@ -196,7 +212,7 @@ def _argument(node: ast.expr) -> Arg:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         sign, node = -1.0, node.operand
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return sign * float(node.value)
+        return sign * _float(node.value)
     name = _name(node)
     if name in ("inf", "nan"):
         return sign * float(name)
@@ -205,12 +221,21 @@ def _argument(node: ast.expr) -> Arg:
     return name
 
 
+def _float(number: float | str) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        raise GenomeError("a number is larger than floats are; write inf") from None
+
+
 def _text(arg: Arg) -> str:
     return arg if isinstance(arg, str) else repr(float(arg))
 
 
 def _to_json(arg: Arg) -> Any:
-    return {"number": repr(arg)} if isinstance(arg, float) and not math.isfinite(arg) else arg
+    if isinstance(arg, str):
+        return arg
+    return float(arg) if math.isfinite(arg) else {"number": repr(float(arg))}
 
 
 def from_json(data: Mapping[str, Any]) -> Genome:
@@ -225,13 +250,17 @@ def from_json(data: Mapping[str, Any]) -> Genome:
                 str(target),
                 str(function),
                 tuple(
-                    arg if isinstance(arg, str) else float(arg["number"] if isinstance(arg, dict) else arg)
+                    arg if isinstance(arg, str) else _float(arg["number"] if isinstance(arg, dict) else arg)
                     for arg in args
                 ),
             )
             for target, function, args in data["body"]
         )
         names = {key: tuple(map(str, data[key])) for key in ("tensors", "scalars", "outputs")}
+        if any(isinstance(data[key], str) for key in names):
+            raise TypeError("names must be a list")
+    except GenomeError:
+        raise
     except (TypeError, KeyError, ValueError) as error:
         raise GenomeError(f"not a program in JSON: {error!r}") from None
     return Genome(**names, body=body)
