@@ -11,6 +11,7 @@ import typer
 
 from metaopt.cli.commands import baseline, catalogue, demo, export, import_theta, meta_train, meta_tune, race
 from metaopt.cli.commands.discover import discover
+from metaopt.cli.commands.simplify import simplify
 from metaopt.cli.commands.zoo import zoo
 
 app = typer.Typer(
@@ -36,5 +37,6 @@ app.command("baseline")(baseline.baseline)
 app.command("export")(export.export)
 app.command("import-theta")(import_theta.import_theta)
 app.command("demo")(demo.demo)
+app.command("simplify")(simplify)
 app.add_typer(discover, name="discover")
 app.add_typer(zoo, name="zoo")

@@ -47,14 +47,17 @@ class Archive:
     Args:
         directory: of the search; the journal file is there unless ``storage`` says otherwise.
         name: of the study.
-        settings: of the search, as JSON holds them; a study of other settings is refused.
+        settings: of the search, as JSON holds them; a study of other settings is refused. None: those that it has.
         storage: URL of any Optuna storage (``sqlite:///...``, ``postgresql://...``).
 
     Raises:
-        ValueError: Optuna is not installed, or the study is of a search with other settings.
+        ValueError: Optuna is not installed, the study is of a search with other settings, or there is none whose settings
+            could be taken.
     """
 
-    def __init__(self, directory: Path, name: str, settings: Mapping[str, Any], storage: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, name: str, settings: Mapping[str, Any] | None, storage: str | None = None
+    ) -> None:
         try:
             import optuna
             from optuna.storages import JournalStorage
@@ -62,12 +65,17 @@ class Archive:
         except ImportError as error:
             raise ValueError("a search needs the extra 'tune': pip install 'torch-metaopt[tune]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directory.mkdir(parents=True, exist_ok=True)
+        if settings is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        elif storage is None and not (directory / STUDY_FILE).is_file():
+            raise ValueError(f"{directory} holds no search; make one with metaopt discover rule --out {directory}")
         self._study = optuna.create_study(
             storage=storage or JournalStorage(JournalFileBackend(str(directory / STUDY_FILE))),
             study_name=name, direction="minimize", load_if_exists=True,
         )  # fmt: skip
-        asked = json.loads(json.dumps(settings))
+        asked = json.loads(json.dumps(settings or {}))
+        if settings is None:
+            asked = self._study.user_attrs.get("settings", asked)
         kept = self._study.user_attrs.get("settings", asked)
         for key in {*asked, *kept}:
             if asked.get(key) != kept.get(key):
@@ -77,6 +85,11 @@ class Archive:
                 )
         if "settings" not in self._study.user_attrs:
             self._study.set_user_attr("settings", asked)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the search."""
+        return dict(self._study.user_attrs["settings"])
 
     def add(self, elite: Elite) -> None:
         """Keep ``elite``, unless it is kept already: a search that goes on from a checkpoint finds some again.

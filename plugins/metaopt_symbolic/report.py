@@ -24,15 +24,18 @@ PER_SECOND = 2
 """How often the live view changes."""
 
 
-def describe(tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
-    """The judge of a search in words: another text means other fitness."""
+def describe(asked: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
+    """The judge of a search in words, ``asked`` those of the user: another text means other fitness."""
     hashes = {name: content_hash(task) for name, task in tasks.items()}
-    return json.dumps({"tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]})
+    return json.dumps({"asked": asked, "tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]})
 
 
 @contextmanager
 def live(search: Search, budget: Budget, console: Console) -> Iterator[Callable[[Search], None]]:
     """A table of the search that changes as it goes on; hand what it gives to `Search.run`."""
+    if not console.is_terminal:
+        yield _log(console)
+        return
     last = 0.0
     with Live(table(search, budget), console=console, auto_refresh=False, transient=True) as view:
 
@@ -43,6 +46,23 @@ def live(search: Search, budget: Budget, console: Console) -> Iterator[Callable[
                 last = now
 
         yield show
+
+
+def _log(console: Console) -> Callable[[Search], None]:
+    """A line for every row of the history, for files and pipes."""
+    told = 0
+
+    def show(search: Search) -> None:
+        nonlocal told
+        if len(search.history) > told:
+            told = len(search.history)
+            c = search.counts
+            console.print(
+                f"{c.children:,} children, {c.unique:,} trained, {c.hits:.0%} known, {c.redundancy:.0%} redundant, "
+                f"best {search.champion.score.fitness:.4f}, {c.seconds:.0f} s", soft_wrap=True, highlight=False,
+            )  # fmt: skip
+
+    return show
 
 
 def table(search: Search, budget: Budget | None = None) -> Table:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from metaopt import registry
 from metaopt.cli import main
+from metaopt.rule import ElementwiseRule
 from metaopt.search import Archive, Elite
 from metaopt_symbolic.cascade import Cascade, usual_stages
 from metaopt_symbolic.genome import SEEDS, parse
@@ -162,3 +164,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "holds a search with start=" in capsys.readouterr().err
     assert main([*run, "muon"]) == 2
     assert "muon is no program" in capsys.readouterr().err
+
+
+def test_from_a_search_to_an_exported_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "found")
+    run = ["discover", "rule", "--budget", "400", "--out", out, "--set", "population=200"]
+    assert main(run) == 0
+    assert main(run) == 0
+    assert "the budget of 400 is used up" in capsys.readouterr().err
+    assert main(["simplify", out, "--tolerance", "0.01"]) == 0
+    rule = registry.create("optimizer", f"{out}/champion.py:Champion")
+    assert isinstance(rule, ElementwiseRule)
+    assert main(["export", f"{out}/champion.py:Champion", "--to", f"{out}/mine.py", "--class", "Mine"]) == 0
+    assert main(["simplify", str(tmp_path)]) == 2
+    assert "holds no search; make one with metaopt discover rule" in capsys.readouterr().err

@@ -29,11 +29,14 @@ def rule(
     start: Annotated[
         str,
         typer.Option(
-            help="The program to start from: adamw, lion, rmsprop, momentum, an optimizer of elementwise text, or a file."
+            help="The program to start from: adamw, lion, rmsprop, momentum, a program's file.txt, or a rule of elementwise "
+            "text, registered or FILE.py:RULE."
         ),
     ] = "adamw",
     tasks: Tasks = "search",
-    budget: Annotated[str, typer.Option(help="Time (90s, 20m, 2h) or a number of children (50000).")] = "20m",
+    budget: Annotated[
+        str, typer.Option(help="Time (90s, 20m, 2h) or a number of children (50000), earlier runs included.")
+    ] = "20m",
     out: Annotated[Path, typer.Option(help="Directory of the search; one that holds a search goes on.")] = Path(
         "runs/discover"
     ),
@@ -63,13 +66,18 @@ def rule(
     used = search_tasks(tasks)
     stages = usual_stages(list(used))
     config = SearchConfig(
-        start_text(start), searcher, parse_settings(settings), report.describe(used, stages), seed=seed
+        start_text(start), searcher, parse_settings(settings), report.describe(tasks, used, stages), seed=seed
     )
     console = Console(stderr=True)
     search = Search(config, Cascade(used, stages), out, storage, worker)
+    if spent.is_spent(search.counts):
+        console.print(f"the budget of {budget} is used up: what was done in {out} before counts; give more to go on")
     try:
         with report.live(search, spent, console) as show:
             search.run(spent, on_generation=show)
+    except KeyboardInterrupt:
+        console.print(f"stopped after generation {search.counts.generations}, which is saved; the same command goes on")
+        raise
     finally:
         written = report.save(search, out)
     console.print(report.table(search))
