@@ -114,3 +114,8 @@ def metaopt_exporters() -> list[Spec]:  # type: ignore[empty-body]
 @hookspec
 def metaopt_zoo_rules() -> list[Spec]:  # type: ignore[empty-body]
     """Published rules, used as ``zoo:NAME``: what `metaopt.zoo.entries` gives of a directory of trained weights and cards."""
+
+
+@hookspec
+def metaopt_commands() -> list[Spec]:  # type: ignore[empty-body]
+    """Commands of ``metaopt``: factories are functions, or a ``typer.Typer`` with several, in modules that import no torch."""

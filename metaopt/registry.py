@@ -42,6 +42,7 @@ KINDS: Mapping[str, str] = {
     "importer": "metaopt_importers",
     "exporter": "metaopt_exporters",
     "zoo_rule": "metaopt_zoo_rules",
+    "command": "metaopt_commands",
 }
 """Kind -> the hook by which plugins offer things of that kind."""
 

@@ -1,17 +1,19 @@
 """The table of commands.
 
-A command is a function in ``metaopt.cli.commands``, one module for each subject, and one line at the end of this file.
+A command is a function in ``metaopt.cli.commands``, one module for each subject, and one line at the end of this file; or a
+plugin's (`metaopt.hookspecs.metaopt_commands`).
 Those modules import torch, and whatever imports torch, inside the function; so ``metaopt list`` and ``--help`` are
 quick.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import typer
 
+from metaopt import registry
 from metaopt.cli.commands import baseline, catalogue, demo, export, import_theta, meta_train, meta_tune, race
-from metaopt.cli.commands.discover import discover
-from metaopt.cli.commands.simplify import simplify
 from metaopt.cli.commands.zoo import zoo
 
 app = typer.Typer(
@@ -37,6 +39,11 @@ app.command("baseline")(baseline.baseline)
 app.command("export")(export.export)
 app.command("import-theta")(import_theta.import_theta)
 app.command("demo")(demo.demo)
-app.command("simplify")(simplify)
-app.add_typer(discover, name="discover")
 app.add_typer(zoo, name="zoo")
+for name in registry.specs("command"):
+    with suppress(registry.RegistryError):  # metaopt plugins says which plugin cannot be loaded, and why
+        command = registry.load("command", name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)

@@ -1,4 +1,4 @@
-"""What this plugin offers: sources of candidates for a search over programs."""
+"""What this plugin offers: a search over programs, and its sources of candidates."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def metaopt_proposers() -> list[Spec]:
             ("rule",), "Baluja, 1994, CMU-CS-94-163",
         ),
     ]  # fmt: skip
+
+
+@hookimpl
+def metaopt_commands() -> list[Spec]:
+    """The search on the command line."""
+    return [
+        Spec("discover", "metaopt_symbolic.commands:discover", "search for optimizers"),
+        Spec("simplify", "metaopt_symbolic.commands:simplify", "the champion of a search as ten lines"),
+    ]

@@ -27,6 +27,7 @@ KIND_WORDS = {
     "backends": "unroll_backend",
     "kernels": "kernel",
     "proposers": "proposer",
+    "commands": "command",
     "importers": "importer",
     "exporters": "exporter",
     "zoo-rules": "zoo_rule",
