@@ -48,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/unroll.py
 	$(BIN)/python benchmarks/dense_unroll.py
 	$(BIN)/python benchmarks/population.py
+	$(BIN)/python benchmarks/discovery_speed.py
 	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/mup.py
