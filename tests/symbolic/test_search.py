@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metaopt import registry
@@ -178,3 +182,30 @@ def test_from_a_search_to_an_exported_optimizer(tmp_path: Path, capsys: pytest.C
     assert main(["export", f"{out}/champion.py:Champion", "--to", f"{out}/mine.py", "--class", "Mine"]) == 0
     assert main(["simplify", str(tmp_path)]) == 2
     assert "holds no search; make one with metaopt discover rule" in capsys.readouterr().err
+
+
+_WORKER = """
+import sys
+from pathlib import Path
+from metaopt_symbolic.genome import SEEDS, parse
+from metaopt_symbolic.planted import Planted
+from metaopt_symbolic.search import Budget, Search, SearchConfig
+directory, worker = Path(sys.argv[1]), int(sys.argv[2])
+config = SearchConfig(SEEDS["adamw"], options={"population": 200}, batch=50, migrate_every=2)
+Search(config, Planted(parse(SEEDS["momentum"])), directory, worker=worker).run(Budget(children=2000))
+"""
+
+
+def test_processes_at_work_at_once_lose_nothing(tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", _WORKER, str(tmp_path), str(worker)] for worker in range(3)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    elites = Archive(tmp_path, "discover-rule", None).elites()
+    for worker in range(3):
+        own = [elite for elite in elites if elite.worker == worker]
+        with np.load(tmp_path / f"worker-{worker}.npz") as state:
+            best = json.loads(state["facts"].tobytes())["best"]
+        assert {parse(one["text"]).digest for one in best} <= {elite.digest for elite in own}
+    assert len({(e.worker, e.generation, e.digest) for e in elites}) == len(elites)
