@@ -18,11 +18,16 @@ from metaopt_symbolic.suites import search_tasks
 NAME = "Champion"
 """Of the class."""
 
+FUNNEL_FILE = "funnel.json"
+"""What `metaopt_symbolic.funnel` found."""
+
 
 def write_champion(
     directory: Path, *, tolerance: float, storage: str | None = None, evolution: int = 64
 ) -> tuple[Simplified, Path]:
-    """Simplify the best elite of the search in ``directory``, by its last stage, and write it as ``champion.py`` there.
+    """Simplify the champion of the search in ``directory``, by its last stage, and write it as ``champion.py`` there.
+
+    The champion is that of the funnel, if there was one, else the best elite.
 
     Args:
         directory: of the search.
@@ -39,12 +44,12 @@ def write_champion(
         raise ValueError(f"the search in {directory} has no champion yet; give it more time")
     judge = json.loads(archive.settings["judge"])
     best = elites[0]
-    last: dict[str, Any] = {key: hashable(value) for key, value in judge["stages"][-1].items()}
-    found = simplify(
-        parse(best.text),
-        Cascade(search_tasks(judge["asked"]), [Stage(**last)]).scores,
-        tolerance=tolerance,
-        evolution=evolution,
-    )
+    champion = parse(best.text).scaled(best.facts["multiplier"])
     origin = f"Found by program search ({archive.settings['searcher']}, generation {best.generation}), then simplified."
+    if (directory / FUNNEL_FILE).is_file():
+        champion = parse(json.loads((directory / FUNNEL_FILE).read_text())["champion"])
+        origin = f"Found by program search ({archive.settings['searcher']}) and a funnel, then simplified."
+    last: dict[str, Any] = {key: hashable(value) for key, value in judge["stages"][-1].items()}
+    scores = Cascade(search_tasks(judge["asked"]), [Stage(**last)]).scores
+    found = simplify(champion, scores, tolerance=tolerance, evolution=evolution)
     return found, write_rule_file(found.genome, directory / "champion.py", NAME, origin)

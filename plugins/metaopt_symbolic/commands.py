@@ -57,6 +57,7 @@ def rule(
     from rich.console import Console
 
     from metaopt_symbolic import report
+    from metaopt_symbolic.baselines import baselines, tuned_start
     from metaopt_symbolic.cascade import Cascade, usual_stages
     from metaopt_symbolic.search import Budget, Search, SearchConfig
     from metaopt_symbolic.start import start_text
@@ -65,25 +66,64 @@ def rule(
     spent = Budget.of(budget)
     used = search_tasks(tasks)
     stages = usual_stages(list(used))
+    references = {name: found.score.fitness for name, found in baselines(used, stages[-1]).items()}
     config = SearchConfig(
-        start_text(start), searcher, parse_settings(settings), report.describe(tasks, used, stages), seed=seed
+        tuned_start(start_text(start), used, stages[-1]),
+        searcher,
+        parse_settings(settings),
+        report.describe(tasks, used, stages),
+        seed=seed,
     )
     console = Console(stderr=True)
     search = Search(config, Cascade(used, stages), out, storage, worker)
     if spent.is_spent(search.counts):
         console.print(f"the budget of {budget} is used up: what was done in {out} before counts; give more to go on")
     try:
-        with report.live(search, spent, console) as show:
+        with report.live(search, spent, console, references) as show:
             search.run(spent, on_generation=show)
     except KeyboardInterrupt:
         console.print(f"stopped after generation {search.counts.generations}, which is saved; the same command goes on")
         raise
     finally:
-        written = report.save(search, out)
-    console.print(report.table(search))
+        written = report.save(search, out, references)
+    console.print(report.table(search, spent, references))
     console.print(
-        f"champion, fitness {search.champion.score.fitness:.4f}:\n{search.champion.genome.text()}", highlight=False
+        f"champion, fitness {search.champion.score.fitness:.4f}:\n{search.champion.tuned.text()}", highlight=False
     )
+    console.print("written: " + ", ".join(str(path) for path in written))
+
+
+@discover.command("funnel")
+def funnel_(
+    directory: Annotated[Path, typer.Argument(help="Directory of a search: OUT of metaopt discover rule.")],
+    most: Annotated[int, typer.Option(help="How many of the elites take part, of those alike the best.", min=1)] = 6,
+    storage: Annotated[str | None, typer.Option(help="URL of the archive, if the search had one.")] = None,
+) -> None:
+    """Find the champion among the elites of a search: who beats tuned AdamW on longer and wider tasks, then on valid ones.
+
+    Example: [bold]metaopt discover funnel runs/found[/bold]
+    """
+    import json
+
+    from rich.console import Console
+
+    from metaopt.files import write_atomic
+    from metaopt.search import Archive
+    from metaopt_symbolic.champion import FUNNEL_FILE
+    from metaopt_symbolic.funnel import distinct, funnel, table, usual_gates
+    from metaopt_symbolic.search import STUDY
+
+    archive = Archive(directory, STUDY, None, storage)
+    asked = json.loads(archive.settings["judge"])["asked"]
+    found = funnel(distinct(archive.elites(), most), usual_gates(asked))
+    console = Console(stderr=True)
+    console.print(table(found))
+    verdict = "champion" if found.passed else "no candidate is better than tuned AdamW at every gate; the best is"
+    console.print(f"{verdict}:\n{found.champion.text()}", highlight=False)
+    written = [
+        write_atomic(directory / FUNNEL_FILE, json.dumps(found.to_json(), indent=1) + "\n"),
+        write_atomic(directory / "champion.txt", found.champion.text()),
+    ]
     console.print("written: " + ", ".join(str(path) for path in written))
 
 
@@ -92,7 +132,7 @@ def simplify(
     tolerance: Annotated[float, typer.Option(help="Loss of fitness that a shorter program may cost.", min=0)] = 0.005,
     storage: Annotated[str | None, typer.Option(help="As for discover rule.")] = None,
 ) -> None:
-    """Shorten the champion of a search, and write it as the Python file of a rule.
+    """Shorten the champion of a search (of its funnel, if there was one), and write it as the Python file of a rule.
 
     Example: [bold]metaopt simplify runs/found[/bold]
     """

@@ -8,7 +8,7 @@ import json
 import keyword
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from metaopt.program.parse import syntax_tree
@@ -86,6 +86,18 @@ class Genome:
     def slots(self) -> tuple[str, ...]:
         """The state of an optimizer."""
         return self.tensors[2:]
+
+    def scaled(self, factor: float) -> Genome:
+        """The program whose learning rate is ``factor`` times as large: in the number that ``lr`` is multiplied by, if nothing
+        else reads what the program gets as ``lr``, else in a line of its own."""
+        assigned = next((k for k, a in enumerate(self.body) if a.target == "lr"), len(self.body))
+        readers = [k for k, a in enumerate(self.body[: assigned + 1]) if "lr" in a.args]
+        at = readers[0] if len(readers) == 1 else 0
+        _, function, args = self.body[at] if readers else Assign("", "", ())
+        if len(readers) == 1 and function == "mul" and isinstance(args[1], float):
+            changed = [self.body[at]._replace(args=("lr", args[1] * factor))]
+            return replace(self, body=(*self.body[:at], *changed, *self.body[at + 1 :]))
+        return replace(self, body=(Assign("lr", "mul", ("lr", float(factor))), *self.body))
 
     # -- text and JSON ---------------------------------------------------------------------------------------------
 

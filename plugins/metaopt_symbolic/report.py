@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.live import Live
@@ -31,18 +32,20 @@ def describe(asked: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> 
 
 
 @contextmanager
-def live(search: Search, budget: Budget, console: Console) -> Iterator[Callable[[Search], None]]:
+def live(
+    search: Search, budget: Budget, console: Console, references: Mapping[str, float]
+) -> Iterator[Callable[[Search], None]]:
     """A table of the search that changes as it goes on; hand what it gives to `Search.run`."""
     if not console.is_terminal:
         yield _log(console)
         return
     last = 0.0
-    with Live(table(search, budget), console=console, auto_refresh=False, transient=True) as view:
+    with Live(table(search, budget, references), console=console, auto_refresh=False, transient=True) as view:
 
         def show(search: Search) -> None:
             nonlocal last
             if (now := time.monotonic()) - last > 1 / PER_SECOND:
-                view.update(table(search, budget), refresh=True)
+                view.update(table(search, budget, references), refresh=True)
                 last = now
 
         yield show
@@ -65,14 +68,17 @@ def _log(console: Console) -> Callable[[Search], None]:
     return show
 
 
-def table(search: Search, budget: Budget | None = None) -> Table:
-    """The state of a search."""
+def table(
+    search: Search, budget: Budget | None = None, references: Mapping[str, float] = MappingProxyType({})
+) -> Table:
+    """The state of a search; ``references`` are fitnesses to compare with, by name."""
     c = search.counts
     made = Table(title=f"worker {search.worker} of {search.directory}", show_header=False)
     made.add_column()
     made.add_column(justify="right")
     rows = {
         "best fitness (start)": f"{search.champion.score.fitness:.4f} ({search.start_fitness:.4f})",
+        **{f"fitness of tuned {name}": f"{fitness:.4f}" for name, fitness in references.items()},
         "found in generation": f"{search.champion.generation} of {c.generations}",
         "children": _of(c.children, budget.children if budget else None),
         "known by structure": _share(c.by_hash, c.children),
@@ -103,7 +109,7 @@ def _rates(c: Counts) -> str:
     return f"{c.children / seconds:,.0f}, {c.unique / seconds:,.1f}, {c.updates / seconds:,.0f}"
 
 
-def save(search: Search, directory: Path) -> list[Path]:
+def save(search: Search, directory: Path, references: Mapping[str, float] = MappingProxyType({})) -> list[Path]:
     """Write the champion's text, the report and its picture, each whole or not at all; returns their paths."""
     suffix = f"-{search.worker}" if search.worker else ""
     champion = search.champion
@@ -111,20 +117,21 @@ def save(search: Search, directory: Path) -> list[Path]:
         "config": dataclasses.asdict(search.config),
         "worker": search.worker,
         "start_fitness": search.start_fitness,
+        "references": dict(references),
         "counts": dataclasses.asdict(search.counts),
         "hits": search.counts.hits,
         "redundancy": search.counts.redundancy,
-        "champion": {"text": champion.genome.text(), **dataclasses.asdict(champion.score), "generation": champion.generation},
+        "champion": {"text": champion.tuned.text(), **dataclasses.asdict(champion.score), "generation": champion.generation},
         "history": search.history,
     }  # fmt: skip
     return [
-        write_atomic(directory / f"champion{suffix}.txt", champion.genome.text()),
+        write_atomic(directory / f"champion{suffix}.txt", champion.tuned.text()),
         write_atomic(directory / f"report{suffix}.json", json.dumps(facts, indent=1) + "\n"),
-        write_atomic(directory / f"search{suffix}.png", _picture(search)),
+        write_atomic(directory / f"search{suffix}.png", _picture(search, references)),
     ]
 
 
-def _picture(search: Search) -> bytes:
+def _picture(search: Search, references: Mapping[str, float]) -> bytes:
     from matplotlib.figure import Figure
 
     rows = search.history
@@ -133,6 +140,8 @@ def _picture(search: Search) -> bytes:
     unique = [row["counts"]["unique"] for row in rows]
     best.plot(unique, [row["best"] for row in rows], marker=".")
     best.axhline(search.start_fitness, color="gray", linestyle=":", label="start")
+    for color, (name, fitness) in zip(("tab:orange", "tab:green"), references.items(), strict=False):
+        best.axhline(fitness, color=color, linestyle="--", label=f"tuned {name}")
     best.set(xlabel="trained candidates", ylabel="fitness of the best")
     best.legend()
     children = [row["counts"]["children"] for row in rows]

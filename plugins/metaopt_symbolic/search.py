@@ -152,6 +152,11 @@ class Candidate:
     parent: str
     generation: int
 
+    @property
+    def tuned(self) -> Genome:
+        """With the learning rate that the score is of."""
+        return self.genome if self.score.multiplier == 1 else self.genome.scaled(self.score.multiplier)
+
 
 class Row(TypedDict):
     """What the history says every thousand children.

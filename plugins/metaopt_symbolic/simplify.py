@@ -70,14 +70,11 @@ def simplify(
     def settled(candidates: Sequence[Genome], what: str) -> bool:
         """Take the shortest candidate that is good enough, of equal ones the best."""
         nonlocal current, fitness
-        known = {current.digest}
-        fresh = [c for c in candidates if not (c.digest in known or known.add(c.digest))]  # type: ignore[func-returns-value]
-        if not fresh:
-            return False
+        fresh = [*{c.digest: c for c in candidates if _size(c) < _size(current)}.values()]
+        trained = scores([c.program() for c in fresh]) if fresh else []
         found = [
-            (_size(c), -s.fitness, k) for k, (c, s) in enumerate(zip(fresh, scores([c.program() for c in fresh]), strict=True))
-            if s.fitness >= least and _size(c) < _size(current)
-        ]  # fmt: skip
+            (_size(c), -s.fitness, k) for k, (c, s) in enumerate(zip(fresh, trained, strict=True)) if s.fitness >= least
+        ]
         if not found:
             return False
         _, loss, k = min(found)

@@ -1,0 +1,80 @@
+"""Tuned AdamW and tuned Lion as programs, for comparison with what a search finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from metaopt import registry
+from metaopt.task import Task
+from metaopt_symbolic.cascade import Cascade, Stage
+from metaopt_symbolic.genome import Genome, from_rule, parse
+from metaopt_symbolic.search import Candidate
+
+SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "adamw": {"betas": ((0.9, 0.999), (0.9, 0.99), (0.8, 0.9)), "weight_decay": (0.0, 0.3, 1.0)},
+    "lion": {"betas": ((0.9, 0.99), (0.5, 0.99), (0.0, 0.99)), "weight_decay": (0.0, 1.0, 3.0)},
+}
+"""What baselines are tuned over beside the learning rate: betas in use and those that win where runs are short. Where weights
+overfit, decay is worth more than any change of a rule, so a search would seem to beat what has none."""
+
+LEARNING_RATES = tuple(10 ** (-k / 2) for k in range(1, 9))
+"""From 0.3 to 1e-4 by half-decades."""
+
+
+def family(name: str) -> list[Genome]:
+    """The rule ``name`` with each of its `SETTINGS` and the learning rate 1."""
+    grid = SETTINGS[name]
+    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [from_rule(registry.create("optimizer", name, lr=1.0, **chosen)) for chosen in settings]
+
+
+def tuned(genomes: list[Genome], tasks: Mapping[str, Task], stage: Stage, factors: tuple[float, ...]) -> Candidate:
+    """The best of ``genomes``, each with the best of ``factors`` times its learning rate, on the runs of ``stage``."""
+    judge = Cascade(tasks, [dataclasses.replace(stage, multipliers=factors)])
+    scores = judge.scores([genome.program() for genome in genomes])
+    best = max(range(len(scores)), key=lambda k: scores[k].fitness)
+    return Candidate(genomes[best].scaled(scores[best].multiplier), scores[best], "", 0)
+
+
+def baselines(tasks: Mapping[str, Task], stage: Stage) -> dict[str, Candidate]:
+    """AdamW and Lion, each with the settings and the learning rate that are best on the runs of ``stage``, by name.
+
+    Their fitness is what a candidate's would be that went through a cascade whose last stage this is.
+    """
+    return {name: tuned(family(name), tasks, stage, LEARNING_RATES) for name in SETTINGS}
+
+
+START_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+NUMBER_FACTORS = (0.1, 0.3, 0.5, 2.0, 3.0, 10.0)
+ROUNDS = 10
+
+
+def tuned_start(text: str, tasks: Mapping[str, Task], stage: Stage) -> str:
+    """The program ``text`` with numbers that suit the runs of ``stage``: first its learning rate, then one number at a time.
+
+    Else a search would first find what tuning finds: steps of the right length, and weight decay.
+    """
+    best = tuned([parse(text)], tasks, stage, START_FACTORS)
+    for _ in range(ROUNDS):
+        found = tuned([*_neighbours(best.genome)], tasks, stage, (1.0,))
+        if found.score.fitness <= best.score.fitness:
+            break
+        best = found
+    return best.genome.text()
+
+
+def _neighbours(genome: Genome) -> Iterator[Genome]:
+    """The program, and every one with another number; those from 0.5 to 1, as decays, are changed by their distance from 1."""
+    yield genome
+    for k, a in enumerate(genome.body):
+        for i, arg in enumerate(a.args):
+            if isinstance(arg, float):
+                for factor in NUMBER_FACTORS:
+                    number = max(0.0, round(1 - (1 - arg) * factor, 12)) if 0.5 <= arg < 1 else arg * factor
+                    args = (*a.args[:i], number, *a.args[i + 1 :])
+                    yield dataclasses.replace(
+                        genome, body=(*genome.body[:k], a._replace(args=args), *genome.body[k + 1 :])
+                    )

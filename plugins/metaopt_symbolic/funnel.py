@@ -1,0 +1,202 @@
+"""From the elites of a search to a champion: gates of ever more foreign tasks, at each of which tuned AdamW is to be beaten.
+
+A search overfits its tasks as a model does its data: the fitness of its best goes on rising when their worth elsewhere has
+begun to fall. At every gate all contenders are tuned alike: for each task, the best of as many learning rates, on seeds apart
+from those that they are compared on. AdamW and Lion choose betas and weight decay as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from metaopt import registry, suite
+from metaopt.evaluate.statistics import Estimate, estimate
+from metaopt.program.population import encode
+from metaopt.search import Elite
+from metaopt.task import Task
+from metaopt_symbolic.baselines import LEARNING_RATES, SETTINGS, family
+from metaopt_symbolic.evaluate import train
+from metaopt_symbolic.genome import Genome, parse
+from metaopt_symbolic.suites import tasks_of
+
+REFERENCE = "adamw"
+"""Who holds the gates."""
+
+FACTORS = tuple(10 ** (k / 2) for k in range(-5, 3))
+"""Of a candidate's learning rate, which suits short runs: as many as the baselines have `LEARNING_RATES`."""
+
+TUNE_SEEDS = (5000, 5001)
+SCORE_SEEDS = (6000, 6001, 6002, 6003, 6004)
+
+WIDER, LONGER = 3, 600
+"""Hidden layers at the first gate, against the search's, and its steps: ten times the work of a searched run, or more."""
+
+CHEAP = 0.7
+"""Milliseconds of a step of AdamW, at most, on the tasks of the second gate."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Tasks by name; each is trained for its own horizon, or for ``horizon`` steps."""
+
+    name: str
+    tasks: Mapping[str, Task]
+    horizon: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender at one gate.
+
+    Attributes:
+        contender: a baseline's name, or the digest of a candidate.
+        losses: task -> the normalised validation loss at the end, of each seed.
+        factors: task -> the factor of the learning rate that was tuned for it.
+        ahead: AdamW's loss minus this one, of the same task and seed: the interquartile mean of all, and its interval.
+    """
+
+    contender: str
+    losses: Mapping[str, Sequence[float]]
+    factors: Mapping[str, float]
+    ahead: Estimate
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is better than AdamW. That it surely is says only an interval above 0."""
+        return self.ahead.iqm > 0
+
+
+@dataclass(frozen=True)
+class Funnelled:
+    """What became of candidates.
+
+    Attributes:
+        gates: gate -> results of the contenders that came so far, the best first.
+        champion: the best at the last gate that anybody came to.
+        passed: whether it was better than AdamW at every gate.
+    """
+
+    gates: Mapping[str, Sequence[Result]]
+    champion: Genome
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON holds it."""
+        return {
+            "champion": self.champion.text(),
+            "passed": self.passed,
+            "gates": {
+                gate: [{**dataclasses.asdict(r), "passes": r.passes} for r in rows] for gate, rows in self.gates.items()
+            },
+        }
+
+
+def usual_gates(searched: str) -> tuple[Gate, Gate]:
+    """The wider and longer versions of the suite that was searched on, and the cheap tasks of ``valid`` with data.
+
+    Raises:
+        ValueError: no such suite of a search.
+    """
+    specs = registry.specs("task")
+    cheap = [
+        name for name in suite.members("valid")
+        if specs[name].facts["ms_per_step"] <= CHEAP and specs[name].facts["data"]
+    ]  # fmt: skip
+    return (
+        Gate("wider and longer", tasks_of(searched, WIDER), LONGER),
+        Gate("valid", {name: registry.create("task", name) for name in cheap}),
+    )
+
+
+def distinct(elites: Sequence[Elite], most: int) -> list[Genome]:
+    """The best elites, at the learning rates of their scores, only one of those that differ in numbers alone."""
+    chosen: dict[tuple[Any, ...], Genome] = {}
+    for elite in sorted(elites, key=lambda e: e.score):
+        genome = parse(elite.text)
+        skeleton = tuple((a.function, *(arg if isinstance(arg, str) else None for arg in a.args)) for a in genome.body)
+        chosen.setdefault(skeleton, genome.scaled(elite.facts["multiplier"]))
+    return [*chosen.values()][:most]
+
+
+def funnel(candidates: Sequence[Genome], gates: Sequence[Gate]) -> Funnelled:
+    """Compare the candidates with the baselines at gate after gate, as long as any passes.
+
+    Raises:
+        ValueError: no candidate, or no gate.
+    """
+    if not candidates or not gates:
+        raise ValueError(f"a funnel needs candidates and gates, got {len(candidates)} and {len(gates)}")
+    left = {genome.digest: genome for genome in candidates}
+    found: dict[str, Sequence[Result]] = {}
+    passed = True
+    for gate in gates:
+        found[gate.name] = results = compare(left, gate)
+        own = [r for r in results if r.contender in left]
+        champion = left[own[0].contender]
+        left = {r.contender: left[r.contender] for r in own if r.passes}
+        if not left:
+            passed = False
+            break
+    return Funnelled(found, champion, passed)
+
+
+def compare(candidates: Mapping[str, Genome], gate: Gate) -> list[Result]:
+    """Train candidates and baselines on the tasks of a gate; the best first."""
+    choices = {name: (family(name), LEARNING_RATES) for name in SETTINGS}
+    choices |= {name: ([genome], FACTORS) for name, genome in candidates.items()}
+    losses: dict[str, dict[str, list[float]]] = {name: {} for name in choices}
+    factors: dict[str, dict[str, float]] = {name: {} for name in choices}
+    for task_name, task in gate.tasks.items():
+        horizon = gate.horizon or task.horizon
+        chosen = _tuned(choices, task, horizon)
+        population = encode([genome.scaled(factor).program() for genome, factor in chosen.values()])
+        runs = train(task, population, horizon=horizon, seeds=SCORE_SEEDS).losses[:, 0, :, -1]
+        for (name, (_, factor)), own in zip(chosen.items(), runs.tolist(), strict=True):
+            losses[name][task_name], factors[name][task_name] = own, factor
+    reference = losses[REFERENCE]
+    results = [
+        Result(
+            name, own, factors[name],
+            estimate([np.subtract(reference[task], of_task) for task, of_task in own.items()]),
+        )
+        for name, own in losses.items()
+    ]  # fmt: skip
+    return sorted(results, key=lambda r: -r.ahead.iqm)
+
+
+def _tuned(
+    choices: Mapping[str, tuple[Sequence[Genome], Sequence[float]]], task: Task, horizon: int
+) -> dict[str, tuple[Genome, float]]:
+    """Of each contender the program and the factor that are best on the seeds for tuning."""
+    chosen = {}
+    by_factors: dict[Sequence[float], list[tuple[str, Genome]]] = {}
+    for name, (genomes, factors) in choices.items():
+        by_factors.setdefault(factors, []).extend((name, genome) for genome in genomes)
+    for factors, members in by_factors.items():
+        population = encode([genome.program() for _, genome in members])
+        runs = train(task, population, horizon=horizon, seeds=TUNE_SEEDS, multipliers=factors)
+        found = runs.losses[..., -1].mean(2)
+        for name in dict.fromkeys(name for name, _ in members):
+            own = [k for k, (other, _) in enumerate(members) if other == name]
+            k, m = divmod(int(found[own].argmin()), len(factors))
+            chosen[name] = members[own[k]][1], factors[m]
+    return chosen
+
+
+def table(found: Funnelled) -> Table:
+    """Who came how far."""
+    made = Table("gate", "contender", "ahead of tuned AdamW by", "95 % interval", "")
+    for gate, results in found.gates.items():
+        for r in results:
+            verdict = "" if r.contender in SETTINGS else "passes" if r.passes else "is cut"
+            made.add_row(
+                gate, r.contender, f"{r.ahead.iqm:+.4f}", f"[{r.ahead.low:+.4f}, {r.ahead.high:+.4f}]", verdict
+            )
+        made.add_section()
+    return made
