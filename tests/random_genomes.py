@@ -148,11 +148,11 @@ class Expectation:
     ) -> Expectation:
         """By `reference`, and by programs with relative errors of up to ``error`` behind their operations (`noisy`)."""
         rng = np.random.default_rng(1)
-        values = _table(reference(programs, rows))
+        values = table(reference(programs, rows))
         bounds, sure = torch.zeros_like(values), torch.ones_like(values, dtype=torch.bool)
         for _ in range(4):
             shaken = [noisy(program, error, rng, also) for program in programs]
-            others = _table(side_by_side(PopulationStep, shaken, rows))
+            others = table(side_by_side(PopulationStep, shaken, rows))
             sure &= _alike(values, others)
             bounds = torch.maximum(bounds, (values - others).abs().nan_to_num(0.0, 0.0, 0.0))
         inexact = [len(a.statements) > len(b.statements) for a, b in zip(shaken, programs, strict=True)]
@@ -161,19 +161,20 @@ class Expectation:
 
     def check(self, found: Sequence[Sequence[Tensor]], programs: Sequence[Program]) -> None:
         """Fails with the first program that ``found`` is not an execution of."""
-        table = _table(found)
+        values = table(found)
         finite = self.values.isfinite()
-        alike = _alike(self.values, table) & (~finite | ((table - self.values).abs() <= self.bounds))
+        alike = _alike(self.values, values) & (~finite | ((values - self.values).abs() <= self.bounds))
         wrong = (self.sure & ~alike).any(1).nonzero().flatten().tolist()
         if wrong:
             k = wrong[0]
             raise AssertionError(
-                f"{len(wrong)} of {len(table)} programs differ, the first is number {k}:\n"
-                f"{function_source(programs[k], 'update')}\nwanted {self.values[k].tolist()}\nfound {table[k].tolist()}"
+                f"{len(wrong)} of {len(values)} programs differ, the first is number {k}:\n"
+                f"{function_source(programs[k], 'update')}\nwanted {self.values[k].tolist()}\nfound {values[k].tolist()}"
             )
 
 
-def _table(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+def table(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """One row per program, as in `Expectation.values`."""
     missing = torch.zeros(sum(SIZES), dtype=torch.float64)
     return torch.stack([torch.cat([*row, *[missing] * (3 - len(row))]) for row in rows])
 
