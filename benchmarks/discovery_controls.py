@@ -1,6 +1,6 @@
 """Search over programs beside its controls: the numbers of AdamW alone, and chance, with as many trained candidates each.
 
-    python benchmarks/discovery_controls.py [--unique 800] [--seeds 5] [--out FILE.json]
+    python benchmarks/discovery_controls.py [--unique 600] [--seeds 5] [--out FILE.json]
 
 All start from tuned AdamW and are judged by the same stages on the suite ``search``. The champion of each is chosen by that
 fitness alone. It is then trained on what no search saw: the same tasks twice as wide, for four times as many steps and with
@@ -37,10 +37,10 @@ from metaopt_symbolic.search import Budget, Search, SearchConfig
 from metaopt_symbolic.suites import tasks_of
 
 SUITE = "search"
-POPULATION, BATCH = 200, 100
+POPULATION, TOURNAMENT, BATCH = 200, 10, 100
 SEARCHERS: dict[str, dict[str, Any]] = {
-    "evolution": {"population": POPULATION},
-    "constants": {"population": POPULATION},
+    "evolution": {"population": POPULATION, "tournament": TOURNAMENT},
+    "constants": {"population": POPULATION, "tournament": TOURNAMENT},
     "random": {},
 }
 WIDER, LONGER = 2, 1200
@@ -116,7 +116,7 @@ def shown(e: Estimate) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unique", type=int, default=800)
+    parser.add_argument("--unique", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
