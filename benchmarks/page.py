@@ -23,7 +23,7 @@ samples further members. This page is written by `python benchmarks/page.py` fro
 runs.
 
 ```
-metaopt list tasks                       # name, architecture, suite, parameters, licence of the data; --json for all facts
+metaopt list tasks                       # and families: architecture, suite, parameters, licence of the data; --json for more
 metaopt race adamw lion --tasks suite:valid
 metaopt meta-train small_fc_lopt --task textures8_mlp --out runs/lopt
 metaopt baseline --tasks suite:fast --out runs/adamw.jsonl

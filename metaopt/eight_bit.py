@@ -20,7 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.rule import Context, ElementwiseRule, HyperValues, ParamInfo, Params, State, UpdateRule, compute_dtype
+from metaopt.rule import (
+    Context,
+    Declared,
+    ElementwiseRule,
+    HyperValues,
+    ParamInfo,
+    Params,
+    State,
+    UpdateRule,
+    compute_dtype,
+)
 from metaopt.space import option
 
 BLOCK = 256
@@ -87,10 +97,22 @@ class EightBitState(UpdateRule):
 
     Dettmers et al., 2022 (https://arxiv.org/abs/2110.02861), who also advise 32 bits for embeddings: give those a param
     group with a large ``min_size``.
+
+    Raises:
+        TypeError: ``rule`` is not an elementwise rule.
     """
 
     rule: ElementwiseRule
     min_size: int = option(4096, low=1, doc="parameters of fewer elements keep their state in float32")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, ElementwiseRule):
+            got = self.rule.label() if isinstance(self.rule, Declared) else repr(self.rule)
+            raise TypeError(
+                f"EightBitState takes an elementwise rule, as in EightBitState(AdamW()), got {got}; "
+                "wrappers go around it: Chain(..., EightBitState(AdamW()))"
+            )
+        super().__post_init__()
 
     def init(self, params: Params, info: Mapping[str, ParamInfo]) -> State:
         """See the class."""

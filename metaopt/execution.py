@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,6 +44,12 @@ _FUSED_MIN_ELEMENTS = 32_768
 # On a CPU, operations on many tensors at once stream all of them through the cache again and again: only where they are
 # this small on average does the saving in calls outweigh that.
 _SMALL_MEAN_ELEMENTS = 4_096
+
+
+@cache
+def say_unfused(what: str) -> None:
+    """One logged line: "fused" was asked for, and ``what`` runs as torch operations."""
+    logging.getLogger("metaopt").info("execution 'fused': %s, so torch operations run", what)
 
 
 class Work(NamedTuple):
@@ -117,6 +124,9 @@ class Executor:
                 columns = _run_kernel(kernel, columns, coefficients)
                 if not columns[0]:
                     return
+        if self.execution == "fused":
+            p = columns[0][0]
+            say_unfused(f"no kernel on {p.device.type} takes a step of {p.dtype} parameters")
         small = elements <= _SMALL_MEAN_ELEMENTS * len(columns[0])
         if self.execution == "foreach" or (self.execution != "loop" and (small or not on_cpu)):
             compile_in_place(self.program, lists=True)(columns, coefficients)
@@ -200,6 +210,8 @@ class EightBitExecutor:
         for key, members in alike.items():
             some = work.at(members)
             if key and not self._step_by_kernel(some, key[0]):
+                if self.execution == "fused":
+                    say_unfused(f"no kernel on {key[1].type} reads and writes state in 8 bits")
                 for i in range(len(members)):
                     self._step_wide(some.at([i]))
             elif not key:
@@ -267,6 +279,8 @@ class NetworkExecutor:
         if mine:
             kernels = _kernels(self.execution, [*mine.values()])
             device = next(iter(mine.values())).device
+            if kernels is None and self.execution == "fused":
+                say_unfused(f"no kernel on {device.type} takes a step of {self.rule.label()}")
             if device not in self._theta:
                 self._theta[device] = self.rule.to(device).theta
             # a copy from the host, of theta or of a rule's numbers, would wait for all that is queued on a GPU

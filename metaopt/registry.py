@@ -48,6 +48,8 @@ KINDS: Mapping[str, str] = {
 
 _KIND_OF = {hook: kind for kind, hook in KINDS.items()}
 _GROUP = "metaopt"
+_MOST_SHOWN = 30
+"""Names in one message."""
 
 
 class RegistryError(ValueError):
@@ -206,10 +208,20 @@ class Registry:
         if offers is None:
             broken = any(report.error for report in self.plugins())
             advice = " (a plugin failed to load: see metaopt plugins)" if broken else ""
-            raise UnknownName(f"no {_words(kind)} is called {name!r}; {_nearest(name, known)}{advice}")
+            raise UnknownName(f"no {_words(kind)} is called {name!r}; {self._instead(kind, name, known)}{advice}")
         if len(offers) > 1:
             raise RegistryError(_clash(kind, name, offers))
         return offers[0]
+
+    def _instead(self, kind: str, name: str, known: Iterable[str]) -> str:
+        """What may have been meant: a name of this kind or of another, else what there is."""
+        others = {offer.spec.name: offer.kind for offer in self._offers if offer.kind != kind}
+        if name in others:
+            return f"one {_words(others[name])} is"
+        if not difflib.get_close_matches(name, known):
+            for other in difflib.get_close_matches(name, others, 1, 0.8):
+                return f"did you mean the {_words(others[other])} {other!r}?"
+        return _nearest(name, known, f" (metaopt list {kind.replace('_', '-')}s)")
 
     def _add_entry_point(self, point: metadata.EntryPoint) -> None:
         assert point.dist is not None  # entry_points() reads them from distributions
@@ -352,11 +364,13 @@ def _clash(kind: str, name: str, offers: list[_Offer]) -> str:
     return f"{_words(kind)} {name!r} is offered by plugins {plugins}; one of them must rename it"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], shown_by: str = "") -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names)
     if close:
         return f"did you mean {' or '.join(repr(match) for match in close)}?"
+    if len(names) > _MOST_SHOWN:
+        return f"there are {len(names)}{shown_by}"
     return f"there are {', '.join(names)}" if names else "there is none"
 
 

@@ -31,9 +31,18 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
 
     Raises:
         ValueError: nothing of that name, or a value outside its domain.
+        TypeError: something else than a rule or text, such as a class or a learned rule without meta-parameters.
     """
     if isinstance(reference, UpdateRule):
         return reference.replaced(**arguments)
+    if isinstance(reference, LearnedRule):
+        raise TypeError(
+            f"{reference.label()} has no meta-parameters; give learned.bind(theta), as of learned.init_theta(...)"
+        )
+    if not isinstance(reference, str):
+        raise TypeError(
+            f"an optimizer is made of a rule, such as AdamW(), or a name, such as 'adamw', got {reference!r}"
+        )
     if reference.startswith(_ZOO):
         spec = registry.get("zoo_rule", reference.removeprefix(_ZOO))
         return _checked(reference, registry.create("zoo_rule", spec.name)).replaced(**arguments)
@@ -43,8 +52,11 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
     if reference in registry.specs("learned_optimizer"):
         raise ValueError(
             f"{reference!r} is a learned optimizer without meta-parameters; meta-train it (metaopt meta-train {reference}) "
-            f"and give the run's directory"
+            f"and give the run's directory, or bind random ones: learned = metaopt.create('learned_optimizer', {reference!r}); "
+            "rule = learned.bind(learned.init_theta(torch.Generator()))"
         )
+    if reference in registry.specs("zoo_rule") and reference not in registry.specs("optimizer"):
+        raise ValueError(f"{reference!r} is an entry of a zoo; write {_ZOO + reference!r}")
     if "/" in reference and ":" not in reference:
         raise ValueError(f"{reference} is no directory of a finished meta-training run: it holds no {THETA_FILE}")
     return _checked(reference, registry.create("optimizer", reference, **arguments))

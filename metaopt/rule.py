@@ -334,12 +334,12 @@ class TensorRule(UpdateRule):
 class ElementwiseRule(TensorRule):
     """Scalar coefficients plus one elementwise text; every execution is derived from these two.
 
-    Write `elementwise` with operators and ``torch.sqrt, sign, abs, exp, log, tanh, maximum, minimum, where, ...`` only:
-    no shapes, no in-place, no branch on tensor values, no ``self.lr`` (hyperparameters are arguments; options may be
-    read from ``self``). Of a whole tensor there are ``x.norm()`` and ``x.mean()``, of all tensors together ``global_norm(x)``
-    and ``global_sum(x)`` (of `metaopt.program`): a rule that uses them steps without kernels. ``slots`` names the state
-    tensors, which start at zero unless `init_slot` says otherwise; ``nonnegative`` those of them that never are below zero,
-    which `EightBitState` keeps with twice the resolution.
+    Write `elementwise` with operators and ``torch.sqrt, sign, abs, exp, log, tanh, maximum, minimum, where, ...`` only
+    (docs/architecture.md has all): no shapes, no in-place, no branch on tensor values, no ``self.lr`` (hyperparameters are
+    arguments; options may be read from ``self``). Of a whole tensor there are ``x.norm()`` and ``x.mean()``, of all tensors
+    together ``global_norm(x)`` and ``global_sum(x)`` (of `metaopt.program`): a rule that uses them steps without kernels.
+    ``slots`` names the state tensors, which start at zero unless `init_slot` says otherwise; ``nonnegative`` those of them
+    that never are below zero, which `EightBitState` keeps with twice the resolution.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()

@@ -25,6 +25,7 @@ from metaopt.execution import (
     count_step,
     fresh_state,
     matrix_kernels,
+    say_unfused,
     step_plain,
     transformed,
 )
@@ -55,7 +56,20 @@ def optimizer(
             optimizers``), ``file.py:Rule``, or a directory or file of trained meta-parameters.
         params: as for torch: tensors, ``model.named_parameters()`` or group dicts (which may set hyperparameters,
             options and ``role``); or a module, from which the roles of parameters (hidden, embedding, ...) are read.
-        execution: how elementwise rules and per-parameter networks run; "auto" chooses by size and machine.
+        execution: how steps are made; all give the same numbers within rounding.
+
+            - "auto": on a CPU "fused" from 32,768 elements on, where a compiler is found; else "foreach" on GPUs and for
+              small tensors, and "loop".
+            - "fused": kernels (`metaopt.kernels`): one pass over all tensors, in C++ on CPUs and in Triton on NVIDIA GPUs.
+              They take elementwise rules without norms and means, and learned rules with a network per parameter; of other
+              rules (LAMB, Muon, Adafactor) matrix functions at most. What none takes runs as torch operations, which the
+              logger ``metaopt`` says once, at level INFO.
+            - "foreach": ``torch._foreach_*`` operations in place, on all tensors at once; networks by chunks.
+            - "loop": torch operations in place, tensor after tensor; networks by chunks.
+            - "plain": the rule's ``update`` as it is written, out of place: the reference for the others.
+
+            Rules of other kinds, with norms or means, or in wrappers but `Chain` and `EightBitState` run as "plain"
+            whatever is chosen.
         horizon: planned number of steps, for rules that need it; not in the state dict.
         loss_group: the processes over which the loss is averaged for rules that need it: all ("world"), those of a
             ``torch.distributed`` group, or None for this process alone.
@@ -64,7 +78,7 @@ def optimizer(
     Raises:
         ValueError, TypeError: an unknown name, or a hyperparameter outside its domain.
     """
-    if not isinstance(rule, str):
+    if isinstance(rule, UpdateRule):
         validate_all(rule.declared(), hyperparameters, title(rule))
     rule = resolve_rule(rule, **hyperparameters)
     params = module_groups(params) if isinstance(params, nn.Module) else params
@@ -373,8 +387,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self._variants[values]
 
     def _executor(self, rule: UpdateRule) -> Executor | EightBitExecutor | NetworkExecutor | None:
-        if self.execution == "plain":
-            return None
+        made = None if self.execution == "plain" else self._in_place(rule)
+        if made is None and self.execution == "fused":
+            say_unfused(f"no kernel takes a step of {rule.label()}")
+        return made
+
+    def _in_place(self, rule: UpdateRule) -> Executor | EightBitExecutor | NetworkExecutor | None:
         if isinstance(rule, BoundRule) and isinstance(rule.learned, PerParameterRule):
             return NetworkExecutor(rule, self.execution)
         inner = rule.rule if isinstance(rule, EightBitState) else rule

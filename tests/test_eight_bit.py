@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from metaopt.execution import Execution
 from metaopt.rule import Chain, ElementwiseRule
 from metaopt.torch_optimizer import RuleOptimizer
 from metaopt.unroll import start, unroll
+from metaopt_classic.adafactor import Adafactor
 from metaopt_classic.adam import LAMB, AdamW, AMSGrad
 from metaopt_classic.lion import Lion
-from metaopt_classic.wrappers import ClipByGlobalNorm
+from metaopt_classic.muon import Muon
+from metaopt_classic.wrappers import Cautious, ClipByGlobalNorm, Lookahead
 from metaopt_kernels.blockwise import BlockwiseStep as TritonStep
 from metaopt_kernels.triton_kernels import TritonKernels
 
@@ -200,6 +203,22 @@ def test_the_largest_element_is_kept_and_errors_are_bounded(size: int, signed: b
         assert (block - found).abs().max() <= (0.0071 if signed else 0.0036) * largest
         if block.max() == largest:
             assert found[block.argmax()] == largest
+
+
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        (Muon(), "Muon"), (Adafactor(), "Adafactor"), (Chain(ClipByGlobalNorm(1.0), AdamW()), "Chain"),
+        (Lookahead(AdamW()), "Lookahead"), (Cautious(AdamW()), "Cautious"), (EightBitState(AdamW()), "EightBitState"),
+        ("adamw", "'adamw'"), (AdamW, "<class 'metaopt_classic.adam.AdamW'>"),
+    ],
+)  # fmt: skip
+def test_what_is_no_elementwise_rule_is_refused_with_where_wrappers_go(given: Any, called: str) -> None:
+    sentence = (
+        f"EightBitState takes an elementwise rule, as in EightBitState(AdamW()), got {called}; wrappers go around it"
+    )
+    with pytest.raises(TypeError, match=re.escape(sentence)):
+        EightBitState(given)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -18,6 +18,13 @@ FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTI
 BLOCKS = [text for language, text in FENCED if language == "python"]
 
 
+def test_there_are_as_many_tasks_as_it_says() -> None:
+    named = [spec for spec in metaopt.specs("task").values() if spec.facts.get("suite")]
+    families = {spec.facts["family"] for spec in named}
+    assert f"{len(named)} named tasks in {len(families)} families" in README
+    assert f"all {len(named)} and their families" in README
+
+
 @pytest.fixture
 def my_rule(tmp_path: Path) -> Path:
     (text,) = [block for block in BLOCKS if "class SignMomentum" in block]

@@ -143,8 +143,22 @@ def test_unknown_names_suggest_the_nearest():
         found.get("optimizer", "zzz")
     with pytest.raises(UnknownName, match="no data source is called 'x'; there is none"):
         found.get("data_source", "x")
+    many = Registry({"p": plugin(*(counter(f"task{k}") for k in range(40)), hook="metaopt_tasks")})
+    with pytest.raises(UnknownName, match=r"no task is called 'zzz'; there are 40 \(metaopt list tasks\)$"):
+        many.get("task", "zzz")
     with pytest.raises(RegistryError, match="there is no kind 'optimiser'; did you mean 'optimizer'"):
         found.specs("optimiser")
+
+
+def test_names_of_another_kind_are_told():
+    learned = plugin(counter("velo"), hook="metaopt_learned_optimizers")
+    found = Registry({"p": plugin(counter("lion")), "q": learned})
+    with pytest.raises(UnknownName, match=r"no optimizer is called 'velo'; one learned optimizer is$"):
+        found.get("optimizer", "velo")
+    with pytest.raises(
+        UnknownName, match=r"no optimizer is called 'vello'; did you mean the learned optimizer 'velo'\?"
+    ):
+        found.get("optimizer", "vello")
 
 
 def test_unknown_name_mentions_that_a_plugin_failed():

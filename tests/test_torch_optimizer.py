@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import EXECUTIONS, OPEN_LOOP, RULES, backward, flat, loss_at, make, net, train
+from optimizer_cases import EXECUTIONS, OPEN_LOOP, RULES, backward, flat, learned, loss_at, make, net, train
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.execution import Executor
+from metaopt import EightBitState
+from metaopt.execution import Executor, say_unfused
 from metaopt.program import compiler
 from metaopt.program.cpp import CppStep
-from metaopt.rule import Chain, UpdateRule
+from metaopt.rule import Chain, ElementwiseRule, UpdateRule
+from metaopt.space import learning_rate
 from metaopt.torch_optimizer import RuleOptimizer
 from metaopt_classic.adafactor import Adafactor
-from metaopt_classic.adam import Adam, AdamW, AMSGrad
+from metaopt_classic.adam import LAMB, Adam, AdamW, AMSGrad
 from metaopt_classic.lion import Lion
+from metaopt_classic.muon import Muon
 from metaopt_classic.sgd import SGD
 from metaopt_classic.wrappers import SAM, ClipByGlobalNorm, Lookahead
 
@@ -672,6 +675,60 @@ def test_autograd_notices_that_a_parameter_has_moved() -> None:
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_a_class_in_the_place_of_a_rule_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"a rule, such as AdamW\(\), or a name, such as 'adamw', got <class .*Lion'>"):
+        metaopt.optimizer(Lion, [torch.zeros(1)])  # type: ignore[arg-type]
+
+
+# -- what "fused" cannot take --
+
+
+class Halving(ElementwiseRule):
+    """param * 0.5."""
+
+    lr: float = learning_rate(0.1, search=(0.01, 1.0))
+
+    def elementwise(self, param: Any, grad: Any, lr: Any) -> Any:  # type: ignore[override]
+        return 0.5 * param
+
+
+@pytest.mark.parametrize(
+    ("rule", "device", "reason"),
+    [
+        (Muon(), "cpu", "no kernel takes a step of Muon"),
+        (LAMB(), "cpu", "no kernel takes a step of LAMB"),
+        (Chain(ClipByGlobalNorm(1.0), Adafactor()), "cpu", "no kernel takes a step of Adafactor"),
+        (Halving(), "meta", "no kernel on meta takes a step of torch.float32 parameters"),
+        (EightBitState(AdamW(), min_size=1), "cpu", "no kernel on cpu reads and writes state in 8 bits"),
+        (learned(), "meta", "no kernel on meta takes a step of AdafacMLP"),
+    ],
+    ids=lambda value: value.label() if isinstance(value, UpdateRule) else "",
+)
+def test_fused_says_once_where_torch_operations_run(
+    rule: UpdateRule, device: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_unfused.cache_clear()
+    caplog.set_level("INFO", "metaopt")
+    for execution in ("auto", "fused", "fused"):
+        p = nn.Parameter(torch.ones(3, 2, device=device))
+        optimizer = metaopt.optimizer(rule, [("weight", p)], execution=execution)
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    told = [record.getMessage() for record in caplog.records]
+    assert told.count(f"execution 'fused': {reason}, so torch operations run") == 1
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_fused_says_nothing_where_kernels_run(caplog: pytest.LogCaptureFixture) -> None:
+    say_unfused.cache_clear()
+    caplog.set_level("INFO", "metaopt")
+    p = nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2)
+    metaopt.optimizer("adamw", [p], execution="fused").step()
+    assert not caplog.records
 
 
 # -- names and roles --

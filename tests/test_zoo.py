@@ -259,6 +259,11 @@ def test_installed_entries_verify() -> None:
         assert verify(spec.defaults["directory"]) <= GOLDEN_RTOL
 
 
+def test_the_bare_name_of_an_entry_is_told_how_to_be_written() -> None:
+    with pytest.raises(ValueError, match="'orthogonal_fast' is an entry of a zoo; write 'zoo:orthogonal_fast'"):
+        resolve_rule("orthogonal_fast")
+
+
 def test_an_installed_entry_steps_as_its_exported_file_does(tmp_path: Path) -> None:
     reference = "zoo:orthogonal_fast"
     written = registry.load("exporter", "torch")(resolve_rule(reference), "fast", tmp_path / "fast.py")

@@ -4,8 +4,8 @@
 
 Needs no network and no installation of metaopt, only its dependencies and pytest. Every stage is a process of its own with a
 limit of time; one that fails or is cut short is recorded as that, with the rows that it had printed, and the others go on. The
-result is one JSON file, ``gpu_<device>_<date>.json``, written anew after each stage. The exit status says whether the tests
-passed.
+result is one JSON file, ``gpu_<device>_<date>.json`` (``cpu_...`` on a CPU), written anew after each stage. The exit status
+says whether the tests passed.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def main() -> int:
         sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
         content: dict[str, Any] = {"machine": machine(given.device)}
         device = re.sub(r"\W+", "-", content["machine"]["device"]).lower()
-        out = given.out / f"gpu_{device}_{content['machine']['date']}.json"
+        kind = "gpu" if given.device.startswith("cuda") else given.device
+        out = given.out / f"{kind}_{device}_{content['machine']['date']}.json"
         given.out.mkdir(parents=True, exist_ok=True)
         for stage in given.only:
             if stage == "tests":

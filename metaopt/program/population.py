@@ -108,9 +108,13 @@ def encode(programs: Sequence[Program]) -> Population:
 
     Raises:
         ValueError: no program.
+        TypeError: something else among them.
     """
     if not programs:
         raise ValueError("a population needs at least one program, got none")
+    for program in programs:
+        if not isinstance(program, Program):
+            raise TypeError(f"encode takes programs, got {program!r}; of an elementwise rule that is rule.program")
     live = [without_dead(program) for program in programs]
     read = [{*p.coefficients, *(arg for s in p.prelude for arg in s.args)} for p in live]
     scalars = tuple(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from itertools import chain, count
-from typing import Any
+from pathlib import Path
+from typing import Any, Never
 
 import torch
 
@@ -25,8 +26,10 @@ _TORCH_NAMES = {
     "sign": "sign", "exp": "exp", "log": "log", "tanh": "tanh", "sin": "sin", "cos": "cos",
     "atan": "atan", "arctan": "atan", "maximum": "maximum", "minimum": "minimum",
     "where": "where", "gt": "gt", "greater": "gt", "lt": "lt", "less": "lt", "ge": "ge", "greater_equal": "ge",
-    "le": "le", "less_equal": "le", "mean": "mean", "norm": "norm", "linalg_vector_norm": "norm",
-    "global_sum": "global_sum", "global_norm": "global_norm",
+    "le": "le", "less_equal": "le",
+}  # fmt: skip
+_REDUCTION_NAMES = {
+    "mean": "mean", "norm": "norm", "linalg_vector_norm": "norm", "global_sum": "global_sum", "global_norm": "global_norm"
 }  # fmt: skip
 _ARITIES = {
     "square": 1, "reciprocal": 1, "rsqrt": 1, "lerp": 3, "addcmul": 3, "addcdiv": 3, "zeros_like": 1, "ones_like": 1
@@ -35,6 +38,17 @@ _KEYWORDS = {
     "clamp": ("min", "max"), "clip": ("min", "max"), "addcmul": ("value",), "addcdiv": ("value",),
     "add": ("alpha",), "sub": ("alpha",), "subtract": ("alpha",),
 }  # fmt: skip
+TRACEABLE = tuple(sorted({*_TORCH_NAMES, *_ARITIES, *_KEYWORDS}))
+"""The torch functions and tensor methods that a rule may use element by element; docs/architecture.md lists them."""
+
+_WHOLE: dict[str, tuple[Any, ...]] = {"dim": (None,), "keepdim": (False,), "out": (None,), "dtype": (None,)}
+_SAYING_NOTHING = {"mean": _WHOLE, "norm": {"p": (2, "fro"), **_WHOLE}, "linalg_vector_norm": {"ord": (2,), **_WHOLE}}
+"""Arguments of reductions, in torch's order, with the values that change nothing: ``torch.norm`` hands all of them on."""
+
+_REDUCTIONS = (
+    "of a whole tensor there are x.norm() and x.mean(), of all tensors together global_norm(x) and global_sum(x) "
+    "(of metaopt.program)"
+)
 
 
 class Symbol:
@@ -56,15 +70,31 @@ class Symbol:
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         if name.startswith("_"):
             raise AttributeError(name)
+        if not callable(getattr(torch.Tensor, name, None)):  # shape, dtype, a misspelling
+            raise _outside(name)
         return lambda *args, **kwargs: self._tracer.call(name, (self, *args), kwargs)
 
     def __bool__(self) -> bool:
         raise TraceError(
-            f"a branch on {self._name} depends on tensor values or on t; write torch.where or where() instead"
+            "a branch (if, and, or, not) cannot depend on a tensor, a hyperparameter or t, which have no values while "
+            "tracing; write torch.where(condition, x, y), or metaopt.where of numbers, or make it an option()"
         )
 
     def __float__(self) -> float:
         raise TraceError(f"{self._name} has no value while tracing; use operators and torch functions only")
+
+    def __eq__(self, other: object) -> Never:
+        raise TraceError("an elementwise rule has no == and no !=; write (x >= y) * (x <= y), which is 1 or 0")
+
+    __ne__ = __eq__
+
+    def __getitem__(self, *index_and_value: object) -> Never:
+        raise TraceError(
+            "x[...] takes elements apart, and an elementwise rule does the same to all; "
+            "write x = torch.where(condition, new, x)"
+        )
+
+    __setitem__ = __getitem__
 
     def __hash__(self) -> int:
         return id(self)
@@ -135,7 +165,7 @@ class Tracer:
         if name in _ARITIES and len(args) != _ARITIES[name]:
             raise TraceError(f"{name} takes {_ARITIES[name]} arguments, got {len(args)}")
         unknown = kwargs.keys() - _KEYWORDS.get(name, ())
-        if unknown and (name in _ARITIES or name in _KEYWORDS):
+        if unknown and name in TRACEABLE:
             raise TraceError(f"{name} takes no {min(unknown)}= in an elementwise rule; write the arithmetic out")
         if name == "square":
             return self.emit("mul", args[0], args[0])
@@ -159,20 +189,32 @@ class Tracer:
         if name in ("zeros_like", "ones_like"):
             ones = self.emit("pow", args[0], 0.0)  # also where it is NaN
             return ones if name == "ones_like" else self.emit("mul", 0.0, ones)
-        if name not in _TORCH_NAMES or unknown:
-            raise TraceError(
-                f"{name} is not elementwise arithmetic; an elementwise rule may use {', '.join(sorted(set(_TORCH_NAMES)))}"
-            )
+        if name in _REDUCTION_NAMES:
+            return self._reduction(name, args, kwargs)
+        if name not in _TORCH_NAMES:
+            raise _outside(name)
         op = _TORCH_NAMES[name]
-        if op in REDUCTIONS and len(args) != 1:
-            raise TraceError(
-                f"{name} takes the whole tensor and no further arguments, so that it fits tensors of any shape"
-            )
-        if op in OPS and len(args) != OPS[op].arity:
+        if len(args) != OPS[op].arity:
             raise TraceError(f"{name} takes {OPS[op].arity} arguments, got {len(args)}")
         if "alpha" in kwargs:
             return self.emit(op, args[0], self.emit("mul", kwargs["alpha"], args[1]))
         return self.emit(op, *args)
+
+    def _reduction(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
+        harmless = _SAYING_NOTHING.get(name, {})
+        if not 1 <= len(args) <= 1 + len(harmless):
+            raise TraceError(f"{name} takes one value, got {len(args)}")
+        for key, value in {**dict(zip(harmless, args[1:], strict=False)), **kwargs}.items():
+            if isinstance(value, Symbol) or value not in harmless.get(key, ()):
+                raise TraceError(f"{name} takes no {key}={value!r} in an elementwise rule: {_REDUCTIONS}")
+        return self.emit(_REDUCTION_NAMES[name], args[0])
+
+
+def _outside(name: str) -> TraceError:
+    return TraceError(
+        f"{name} is not elementwise arithmetic: {_REDUCTIONS}; element by element an elementwise rule may use "
+        f"+ - * / **, < <= > >=, {', '.join(TRACEABLE)}"
+    )
 
 
 class _OptionsOnly:
@@ -220,7 +262,7 @@ def trace(rule: ElementwiseRule) -> Program:
     """The program of ``rule``; depends on its options, not on its hyperparameters. Prefer ``rule.program``, which keeps it.
 
     Raises:
-        TraceError: the text leaves the expression language (names the offence and the way out).
+        TraceError: the text leaves the expression language (names the line, the offence and the way out).
     """
     cls, self = type(rule), _OptionsOnly(rule)
     structure = {
@@ -234,10 +276,17 @@ def trace(rule: ElementwiseRule) -> Program:
     def symbols(names: Any) -> Any:
         return tuple(Symbol(tracer, n) for n in names) if isinstance(names, tuple) else Symbol(tracer, names)
 
-    coefficients = cls.coefficients(self, {k: symbols(v) for k, v in structure.items()}, Symbol(tracer, "t"))  # type: ignore[arg-type]
     arguments = [Symbol(tracer, name) for name in tensors]
-    with _LocalNames(cls.elementwise) as names:
-        outputs = cls.elementwise(self, *arguments, **coefficients)  # type: ignore[arg-type]
+    try:
+        coefficients = cls.coefficients(self, {k: symbols(v) for k, v in structure.items()}, Symbol(tracer, "t"))  # type: ignore[arg-type]
+        with _LocalNames(cls.elementwise) as names:
+            outputs = cls.elementwise(self, *arguments, **coefficients)  # type: ignore[arg-type]
+    except TraceError as error:
+        at = error.__traceback__ and error.__traceback__.tb_next
+        if at is not None:  # the frame of the rule's own method
+            place = f"line {at.tb_lineno} of {Path(at.tb_frame.f_code.co_filename).name}"
+            error.args = (f"{cls.__name__}, {place}: {error}",)
+        raise
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if len(outputs) != 1 + len(rule.slots):
         expected = ", ".join(["new_param", *(f"new_{slot}" for slot in rule.slots)])

@@ -19,6 +19,26 @@ from metaopt.unroll import start, unroll
 PAGE = (Path(__file__).parents[2] / "docs" / "learned-optimizers.md").read_text("utf-8")
 
 
+def test_random_theta_makes_a_torch_optimizer_as_shown_and_as_the_error_says() -> None:
+    (text,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE) if "bind" in block
+    )
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    before = model.weight.detach().clone()
+    written: dict[str, Any] = {"metaopt": metaopt, "torch": torch, "model": model}
+    exec(text, written)
+    written["optimizer"].step()
+    assert not torch.equal(model.weight, before)
+    with pytest.raises(ValueError, match="without meta-parameters; meta-train it") as refusal:
+        metaopt.optimizer("small_fc_lopt", model)
+    advice = str(refusal.value).split("bind random ones: ")[1]
+    exec(advice, written)
+    metaopt.optimizer(written["rule"], model).step()
+    with pytest.raises(TypeError, match=r"AdafacMLP has no meta-parameters; give learned\.bind"):
+        metaopt.optimizer(written["learned"], model)
+
+
 @pytest.fixture
 def tiny() -> PerParameterRule:
     (text,) = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from population_cases import RULES, after, every_reduction, every_statement, exp
 from random_programs import exact_programs, positive, reducing_programs, small_integers, smooth_programs, special
 from torch import Tensor
 
+import metaopt
 from metaopt.program import OPS, Program, Statement
 from metaopt.program.encoding import OPERATIONS
 from metaopt.program.population import PopulationStep, encode
@@ -294,3 +297,24 @@ def test_scalars_that_are_missing_or_of_unclear_shape_are_refused() -> None:
 def test_a_population_has_programs() -> None:
     with pytest.raises(ValueError, match="at least one program"):
         encode([])
+    with pytest.raises(
+        TypeError, match=r"encode takes programs, got RMSprop\(.*; of an elementwise rule that is rule\.program"
+    ):
+        encode([RULES["rmsprop"]])  # type: ignore[list-item]
+
+
+# -- docs/kernels.md ---------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_makes_the_steps_of_each_rule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text("utf-8")
+    (text,) = (block for block in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M) if "encode" in block)
+    written: dict[str, Any] = {}
+    exec(text, written)
+    for rule, found in zip(written["rules"], written["params"], strict=True):
+        p = torch.nn.Parameter(torch.zeros(1000))
+        optimizer = metaopt.optimizer(rule, [p], execution="loop")
+        for _ in range(50):
+            p.grad = p.detach() - 1
+            optimizer.step()
+        torch.testing.assert_close(found, p.detach(), rtol=1e-5, atol=1e-6)

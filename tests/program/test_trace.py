@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from metaopt.program import TraceError, python_source, trace, where
+from metaopt.program.trace import TRACEABLE
 from metaopt.rule import ElementwiseRule
 from metaopt.space import hyper, learning_rate, option
 
@@ -71,7 +74,23 @@ def test_common_subexpressions_are_computed_once_and_dead_ones_never() -> None:
 @pytest.mark.parametrize(
     ("elementwise", "message"),
     [
-        (lambda self, param, grad, memory, **c: (param.mean(0), memory), "mean takes the whole tensor"),
+        (
+            lambda self, param, grad, memory, **c: (param.mean(0), memory),
+            r"mean takes no dim=0 .* x\.norm\(\) and x\.mean\(\)",
+        ),
+        (lambda self, param, grad, memory, **c: (param - grad.norm(p=1), memory), r"norm takes no p=1 in"),
+        (lambda self, param, grad, memory, lr, **c: (param - grad.norm(p=lr), memory), r"norm takes no p=<symbol lr>"),
+        (lambda self, param, grad, memory, **c: (grad.norm(*range(6)), memory), "norm takes one value"),
+        (lambda self, param, grad, memory, **c: (param - grad.sum(dim=0), memory), r"sum is not .* global_sum\(x\)"),
+        (lambda self, param, grad, memory, **c: (param / grad.numel(), memory), "numel is not elementwise arithmetic"),
+        (lambda self, param, grad, memory, **c: (param / grad.shape[0], memory), "shape is not elementwise arithmetic"),
+        (lambda self, param, grad, memory, **c: (param, memory[0]), r"does the same to all; write x = torch\.where"),
+        (lambda self, param, grad, memory, **c: memory.__setitem__(0, 0.0), "takes elements apart"),
+        (lambda self, param, grad, memory, **c: (torch.where(grad == 0, param, grad), memory), "has no =="),
+        (
+            lambda self, param, grad, memory, **c: (torch.div(param, grad, rounding_mode="floor"), memory),
+            "div takes no rounding_mode=",
+        ),
         (lambda self, param, grad, memory, **c: (param.cumsum(0), memory), "cumsum is not elementwise arithmetic"),
         (lambda self, param, grad, memory, **c: (param if grad > 0 else grad, memory), "write torch.where"),
         (lambda self, param, grad, memory, **c: (param - self.lr * grad, memory), "take lr as an argument"),
@@ -84,6 +103,36 @@ def test_common_subexpressions_are_computed_once_and_dead_ones_never() -> None:
 def test_what_is_no_elementwise_text_is_refused_with_the_way_out(elementwise: Any, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         trace(variant(elementwise))
+
+
+def test_an_error_names_the_line_of_the_rule() -> None:
+    def text(self: Any, param: Any, grad: Any, memory: Any, **coefficients: Any) -> Any:
+        memory = memory + grad
+        return (param if grad > 0 else grad), memory
+
+    line = text.__code__.co_firstlineno + 2
+    with pytest.raises(TraceError, match=rf"^Variant, line {line} of test_trace\.py: a branch .* write torch\.where"):
+        trace(variant(text))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        torch.norm, torch.linalg.vector_norm, lambda x: x.norm(), lambda x: x.norm(2), lambda x: x.norm(p=2.0),
+        lambda x: torch.norm(x, p="fro"), lambda x: torch.linalg.vector_norm(x, ord=2, dim=None),
+    ],
+)  # fmt: skip
+def test_the_euclidean_norm_of_a_tensor_has_many_spellings(norm: Any) -> None:
+    def text(self: Any, param: Any, grad: Any, memory: Any, **coefficients: Any) -> Any:
+        return param / norm(grad), memory
+
+    assert [s.op for s in trace(variant(text)).statements] == ["norm", "div"]
+
+
+def test_the_architecture_page_names_what_can_be_traced() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text("utf-8")
+    (listed,) = re.findall(r"these names of torch:([^.]*)\.", page)
+    assert tuple(re.findall(r"`(\w+)`", listed)) == TRACEABLE
 
 
 @pytest.mark.parametrize("slots", ["memory", ("step",), ("lr",), ("a b",), ("memory", "memory"), ["memory"]])
