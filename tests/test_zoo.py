@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,15 +22,20 @@ import metaopt
 from metaopt import registry
 from metaopt.cli import main
 from metaopt.evaluate import race, save
+from metaopt.evaluate.race import description
 from metaopt.hookspecs import Spec, hookimpl
 from metaopt.learned import BoundRule, LearnedRule, digest
 from metaopt.meta.config import MetaTrainConfig, make_config, read_settings
+from metaopt.program import parse_program
 from metaopt.resolve import THETA_FILE, load_theta, resolve_rule, save_theta
+from metaopt.rule import ElementwiseRule
+from metaopt.suite import content_hash
 from metaopt.task import Task
-from metaopt.zoo import CARD_FILE, entries, read_card, render
+from metaopt.zoo import CARD_FILE, ProgramCard, entries, read_card, render
 from metaopt.zoo.entry import load, verify
 from metaopt.zoo.make import GOLDEN_RTOL, add, scores_of
 from metaopt_learned.adafac_mlp import AdafacMLP
+from metaopt_symbolic.suites import task_choices, tasks_of
 
 SETTINGS = MetaTrainConfig(learned="small_fc_lopt", tasks=("digits_mlp", "digits_conv"), seed=3)
 CONFIG = json.loads(json.dumps(dataclasses.asdict(SETTINGS)))
@@ -191,7 +198,7 @@ def test_nothing_is_written_of_an_entry_that_cannot_be_made(zoo: Path, run: Path
         ((run, "Two Words", into, raced), "lower-case letters, digits and underscores, got 'Two Words'"),
         ((raced, "tiny", into, raced), "is no directory of a meta-training run: it holds no config.json"),
         ((run, "tiny", into, run), "is no directory of a race: it holds no race.json"),
-        ((other, "tiny", into, raced), "none of the contenders adamw, fresh, mine of that race has the weights"),
+        ((other, "tiny", into, raced), "none of the contenders adamw, fresh, mine of that race is the rule of the run"),
         ((run, "tiny", zoo, raced), "is there already"),
     ):
         *first, at = arguments
@@ -208,7 +215,7 @@ def test_a_race_of_weights_on_another_device_or_in_another_order_is_still_theirs
     changed = {**theta, "b0": theta["b0"] + 1e-7}
     assert digest(changed) != digest(theta)
     with pytest.raises(ValueError, match="none of the contenders a of that race"):
-        scores_of({"contenders": {"a": {"theta": digest(changed)}}}, digest(theta))
+        scores_of({"contenders": {"a": {**description(load_theta(run)), "theta": digest(changed)}}}, load_theta(run))
 
 
 # --- used -------------------------------------------------------------------------------------------------------------
@@ -374,6 +381,177 @@ def test_weights_of_another_version_are_refused(tmp_path: Path) -> None:
         load_theta(tmp_path / "torn.safetensors")
 
 
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+MINE = """
+from metaopt import registry
+
+
+def task(device="cpu"):
+    return registry.create("task", "wine_mlp", device=device)
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two workers of a search leave behind, and `simplify`; one of its tasks is in a file of the user's own."""
+    directory = tmp_path_factory.mktemp("searched") / "found"
+    (directory.parent / "mine.py").write_text(MINE)
+    tasks = f"iris_mlp,{directory.parent / 'mine.py'}:task"
+    search = [
+        "discover", "rule", "--start", "momentum", "--searcher", "constants", "--set", "population=200",
+        "--tasks", tasks, "--budget", "200", "--seed", "5",
+    ]  # fmt: skip
+    for worker in ("0", "1"):
+        assert main([*search, "--out", str(directory), "--worker", worker]) == 0
+    assert main(["simplify", str(directory), "--tolerance", "0.0"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def searched_race(searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("race")
+    contenders = {"found": f"{searched}/champion.py:Champion", "adamw": "adamw", "lion": "lion"}
+    save(race(contenders, ["digits_mlp"], seeds=3, steps=5, grid=0, progress=False), directory)
+    return directory
+
+
+@pytest.fixture
+def program(searched: Path, searched_race: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The entry ``found`` of a zoo whose plugin is installed."""
+    made = add(searched, "found", tmp_path / "zoo", race=searched_race, **TOLD)
+
+    class Plugin:
+        @hookimpl
+        def metaopt_zoo_rules(self) -> list[Spec]:
+            return entries(tmp_path / "zoo")
+
+    found = registry.Registry.discover()
+    found.register(Plugin(), "strangers")
+    monkeypatch.setattr(registry, "default", lambda: found)
+    return made
+
+
+def test_a_found_program_is_an_entry(program: Path, searched: Path, tmp_path: Path) -> None:
+    rule, found = resolve_rule("zoo:found"), resolve_rule(f"{searched}/champion.py:Champion")
+    assert isinstance(rule, ElementwiseRule) and isinstance(found, ElementwiseRule)
+    assert (rule.program, rule.hp) == (found.program, found.hp)
+    assert verify(program) <= 1e-6
+    card = read_card(program)
+    assert isinstance(card, ProgramCard)
+    assert parse_program(card.program).statements == rule.program.statements
+    assert card.hyperparameters == found.hp and {"lr", "beta1"} == found.hp.keys()
+    assert hashlib.sha256((searched / "champion.py").read_bytes()).hexdigest() == card.sha256
+    reports = [json.loads((searched / name).read_text())["counts"] for name in ("report.json", "report-1.json")]
+    assert card.cost == {
+        "children": 400,
+        "trained_candidates": sum(counts["unique"] for counts in reports),
+        "inner_steps": sum(counts["updates"] for counts in reports),
+        "seconds": round(sum(counts["seconds"] for counts in reports)),
+    }
+    assert (card.seed, card.device, card.tasks) == (5, "cpu", ["iris_mlp", "mine.py:task"])
+    assert "CC BY" in card.data["iris"] and card.data["data of mine.py:task"] == "unknown"
+    assert card.scores["label"] == "found" and set(card.scores["entries"]) == {"found", "adamw", "lion"}
+    assert {path.name for path in program.iterdir()} - {"__pycache__"} == {
+        "rule.py", "card.json", "README.md", "report.json", "report-1.json", "champion.json", "start.txt",
+    }  # fmt: skip
+    for path in program.iterdir():
+        assert path.is_dir() or str(searched.parent) not in path.read_text(), "no path of the machine is published"
+
+
+def test_the_commands_of_a_card_repeat_the_search(
+    program: Path, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(searched.parent / "mine.py", program / "mine.py")
+    monkeypatch.chdir(program)
+    for line in read_card(program).command.splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    assert (program / "runs" / "found" / "champion.py").read_bytes() == (program / "rule.py").read_bytes()
+
+
+def test_a_program_is_shown_listed_and_exported(
+    program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["zoo", "show", "found"]) == 0
+    page = capsys.readouterr().out
+    assert f"```python\n{read_card(program).program}\n```" in page  # type: ignore[attr-defined]
+    assert "Searched on iris_mlp" in page and "400 children" in page and "| adamw |" in page
+    assert main(["zoo", "list"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("found"))
+    assert "program" in row and "Apache-2.0" in row
+    assert main(["export", "zoo:found", "--to", str(tmp_path / "found.py")]) == 0
+    assert "class Found(Optimizer)" in (tmp_path / "found.py").read_text()
+
+
+def _card_says(entry: Path, **fields: Any) -> None:
+    """Change fields of a card, and its page."""
+    card = json.loads((entry / CARD_FILE).read_text()) | fields
+    (entry / CARD_FILE).write_text(json.dumps({name: value for name, value in card.items() if value is not None}))
+    if None not in fields.values():
+        (entry / "README.md").write_text(render(read_card(entry)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"program": "def update(param, grad):\n    return param + grad"}, "is not the program on its card"),
+        ({"hyperparameters": {"beta7": 0.5}}, "has the hyperparameters .*, not {'beta7': 0.5}"),
+        ({"hyperparameters": None}, "is not a complete card: it lacks hyperparameters"),
+        ({"meta_parameters": 3}, "meta_parameters does not belong there"),
+    ],
+)
+def test_a_card_of_another_program_is_refused(fields: dict[str, Any], message: str, program: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        _card_says(program, **fields)
+        verify(program)
+
+
+def test_only_the_source_that_the_card_describes_is_imported(program: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "imported"
+    text = f"from pathlib import Path\nPath({str(witness)!r}).touch()\nChampion = print\n"
+    (program / "rule.py").write_text(text)
+    with pytest.raises(ValueError, match="is not what its card describes: sha256"):
+        metaopt.optimizer("zoo:found", [torch.nn.Parameter(torch.ones(2))])
+    assert not witness.exists()
+    _card_says(program, sha256=hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(ValueError, match=r"Champion of .*rule.py is no ElementwiseRule"):
+        load(program)
+
+
+def test_a_champion_that_the_search_did_not_find_is_no_entry(
+    searched: Path, searched_race: Path, tmp_path: Path
+) -> None:
+    def refused(message: str, run: Path, at: Path = searched_race) -> None:
+        with pytest.raises(ValueError, match=message):
+            add(run, "found", tmp_path / "zoo", race=at, **TOLD)
+
+    copy = tmp_path / "found"
+    shutil.copytree(searched, copy)
+    for path in copy.glob("report*.json"):
+        report = json.loads(path.read_text())
+        report["champion"]["text"] += "better"
+        path.write_text(json.dumps(report))
+    refused("is not of the best candidate in the search's report or funnel; simplify", copy)
+    with (copy / "champion.py").open("a") as file:
+        file.write("# by hand\n")
+    refused("is not what metaopt simplify wrote; simplify", copy)
+    other = json.loads((searched_race / "race.json").read_text())
+    other["contenders"]["found"]["program"] = other["contenders"]["adamw"]["program"]
+    (tmp_path / "race.json").write_text(json.dumps(other))
+    refused("none of the contenders adamw, found, lion of that race is the rule of the run", searched, tmp_path)
+    assert not list(tmp_path.glob("zoo/*"))
+
+
+def test_a_suite_of_searches_names_its_data() -> None:
+    """Its tasks are registered ones with options, under names of its own."""
+    chosen = task_choices("search")
+    assert {"name": "digits_mlp", "options": {"hidden": (16,), "activation": "tanh", "batch_size": 32}} in chosen
+    for choice, task in zip(chosen, tasks_of("search").values(), strict=True):
+        assert content_hash(
+            registry.create("task", choice["name"], **choice["options"], name=task.name)
+        ) == content_hash(task)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -395,7 +573,7 @@ def test_command_adds(run: Path, raced: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(given) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "no temporary directory is left"
     assert main(given) == 2
-    assert "is there already; published weights do not change" in capsys.readouterr().err
+    assert "is there already; what is published does not change" in capsys.readouterr().err
 
 
 def test_a_broken_entry_hides_no_other(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -40,8 +40,9 @@ from metaopt.evaluate.course import Course, seed_streams
 from metaopt.evaluate.statistics import Estimate, estimate
 from metaopt.evaluate.tuning import POINTS_PER_ROUND, VALID_EXAMPLES, Tuning, tune_lr
 from metaopt.learned import BoundRule, LearnedRule, digest
+from metaopt.program.source import function_source
 from metaopt.resolve import resolve_rule
-from metaopt.rule import UpdateRule
+from metaopt.rule import ElementwiseRule, UpdateRule
 from metaopt.suite import content_hash, listed, suite_hash
 from metaopt.task import Task, TaskFamily
 
@@ -200,7 +201,7 @@ def race(
             "suite_hash": suite_hash(contents),
             "device": str(device), "device_name": _device_name(device), "backend": backend,
         },
-        contenders={name: _description(rule) for name, rule in rules.items()},
+        contenders={name: description(rule) for name, rule in rules.items()},
         tasks=names,
         entries=entries,
         aggregate={name: estimate([row[task].scores for task in sorted(names)]) for name, row in entries.items()},
@@ -301,12 +302,20 @@ def _task(value: Any, device: Any) -> Any:
     return registry.create("task", value, device=device) if isinstance(value, str) else value
 
 
-def _description(rule: UpdateRule) -> dict[str, Any]:
+def description(rule: UpdateRule) -> dict[str, Any]:
+    """What a race says of a contender: equal descriptions, equal rules.
+
+    Returns:
+        ``rule``, its class; ``values`` of its hyperparameters and options; of a rule with meta-parameters their number
+        (``meta_parameters``) and `digest` (``theta``); of an elementwise one the text of its ``program``.
+    """
     inner = rule.learned if isinstance(rule, BoundRule) else rule
     described: dict[str, Any] = {"rule": type(inner).__name__, "values": rule.values()}
     if isinstance(rule, BoundRule):
         described["meta_parameters"] = sum(math.prod(value.shape) for value in rule.theta.values())
         described["theta"] = digest(rule.theta)
+    if isinstance(rule, ElementwiseRule):
+        described["program"] = function_source(rule.program, "update")
     return described
 
 

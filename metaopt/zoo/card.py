@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from metaopt.hookspecs import Spec
 
@@ -15,23 +16,22 @@ CARD_FILE, PAGE_FILE = "card.json", "README.md"
 
 
 @dataclass(frozen=True)
-class Card:
-    """Everything that is known of one entry; ``card.json`` holds these fields and no others.
+class Card(ABC):
+    """What is known of every entry. ``card.json`` holds the fields of `WeightsCard` or of `ProgramCard`, and no others.
 
     Attributes:
+        kind: ``weights`` or ``program``.
+        made, record: how that is made, and the file of the entry that says with which settings.
         name: of the entry and of its directory.
         summary: one line.
-        license: of the weights.
+        license: of the weights or the program.
         limits: what it was not tried on, and where it is known to fail.
         created: date, YYYY-MM-DD.
-        sha256: of ``theta.safetensors``.
-        learned_optimizer, options: the learned rule (registered name) that the weights belong to.
-        meta_parameters: how many numbers were learned.
-        command: what repeats the meta-training beside ``config.json``, the run's own record of its settings; one line for each
-            run where it began with the theta of another (``phase1_config.json``).
-        seed, device: of the meta-training.
-        cost: ``outer_steps``, and as far as the run recorded them ``inner_steps`` and ``seconds``.
-        tasks: what it was meta-trained on: names of tasks, families and suites.
+        sha256: of the file with the weights or the program.
+        command: what repeats the meta-training or the search in the entry's directory, line by line.
+        seed, device: of that.
+        cost: of that: what was counted -> how much.
+        tasks: what it was made on: names of tasks, families and suites.
         data: data source -> its licence.
         versions: of metaopt, torch and python when the entry was made.
         scores: a race with it; see `metaopt.zoo.entry.scores_of`.
@@ -39,15 +39,16 @@ class Card:
             ``losses``, and ``rtol``, the relative difference that other machines may show.
     """
 
+    kind: ClassVar[str]
+    made: ClassVar[str]
+    record: ClassVar[str]
+
     name: str
     summary: str
     license: str
     limits: str
     created: str
     sha256: str
-    learned_optimizer: str
-    options: dict[str, Any]
-    meta_parameters: int
     command: str
     seed: int
     device: str
@@ -59,9 +60,10 @@ class Card:
     golden: dict[str, Any]
 
     def __post_init__(self) -> None:
-        may_be_empty = ("options", "data")  # a rule without options; tasks that are generated
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
+        may_be_empty = ("options", "hyperparameters", "data")  # a rule without; tasks that are generated
+        hints = get_type_hints(type(self))
+        for name in (f.name for f in dataclasses.fields(self)):
+            value, kind = getattr(self, name), getattr(hints[name], "__origin__", hints[name])
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
             if isinstance(value, (str, list, dict)) and not value and name not in may_be_empty:
@@ -71,8 +73,62 @@ class Card:
             if missing:
                 raise ValueError(f"{name} must hold {', '.join(sorted(wanted))}; it lacks {', '.join(sorted(missing))}")
 
+    @property
+    @abstractmethod
+    def what(self) -> str:
+        """The rule in one line of Markdown."""
 
-_KINDS = {name: getattr(kind, "__origin__", kind) for name, kind in get_type_hints(Card).items()}
+
+@dataclass(frozen=True)
+class WeightsCard(Card):
+    """The card of meta-trained weights, ``theta.safetensors``, beside ``config.json``, the run's own record of its settings.
+
+    There is a command for each run where it began with the theta of another (``phase1_config.json``). The cost is
+    ``outer_steps``, and as far as the runs recorded them ``inner_steps`` and ``seconds``.
+
+    Attributes:
+        learned_optimizer, options: the learned rule (registered name) that the weights belong to.
+        meta_parameters: how many numbers were learned.
+    """
+
+    kind, made, record = "weights", "Meta-trained", "config.json"
+
+    learned_optimizer: str
+    options: dict[str, Any]
+    meta_parameters: int
+
+    @property
+    def what(self) -> str:
+        """See `Card`."""
+        return f"`{self.learned_optimizer}`({_arguments(self.options)}): {self.meta_parameters:,} meta-parameters"
+
+
+@dataclass(frozen=True)
+class ProgramCard(Card):
+    """The card of a rule that a program search found, ``rule.py``, beside ``report.json``, the search's own record.
+
+    The cost, of the search alone, is ``children``, ``trained_candidates``, ``inner_steps`` and ``seconds``.
+
+    Attributes:
+        program: the text of what the rule was traced to (`metaopt.program.parse_program` reads it).
+        hyperparameters: name -> default.
+    """
+
+    kind, made, record = "program", "Searched", "report.json"
+
+    program: str
+    hyperparameters: dict[str, Any]
+
+    @property
+    def what(self) -> str:
+        """See `Card`."""
+        return f"A program of {len(self.program.splitlines())} lines ({_arguments(self.hyperparameters)})"
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
 _GOLDEN = {"task", "content", "seed", "losses", "rtol"}
 _SCORES = {"label", "protocol", "versions", "ranking", "aggregate", "entries", "differences", "against_adamw"}
 
@@ -88,14 +144,15 @@ def read_card(directory: Path | str) -> Card:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no card of a zoo entry ({error}); metaopt zoo add writes one") from None
-    known = {f.name for f in dataclasses.fields(Card)}
     given = set(fields) if isinstance(fields, dict) else set()
+    kind = ProgramCard if "program" in given else WeightsCard
+    known = {f.name for f in dataclasses.fields(kind)}
     if given != known:
         lacks, foreign = sorted(known - given), sorted(given - known)
         wrong = f"it lacks {', '.join(lacks)}" if lacks else f"{', '.join(foreign)} does not belong there"
         raise ValueError(f"{path} is not a complete card: {wrong}")
     try:
-        card = Card(**fields)
+        card = kind(**fields)
     except ValueError as error:
         raise ValueError(f"{path} is not a complete card: {error}") from None
     if card.name != path.parent.name:
@@ -117,9 +174,10 @@ def _spec(directory: Path) -> Spec:
         card = read_card(directory)
     except ValueError as error:
         return Spec(directory.name, factory, f"unusable: {error}", defaults=arguments)
+    own = ("learned_optimizer", "meta_parameters") if isinstance(card, WeightsCard) else ()
     facts = {
-        "learned_optimizer": card.learned_optimizer,
-        "meta_parameters": card.meta_parameters,
+        "holds": card.kind,
+        **{name: getattr(card, name) for name in own},
         "tasks": ", ".join(card.tasks),
         "license": card.license,
         "created": card.created,
@@ -132,7 +190,7 @@ def _spec(directory: Path) -> Spec:
 
 def render(card: Card) -> str:
     """The card as a page of Markdown."""
-    options = ", ".join(f"{name}={value!r}" for name, value in card.options.items())
+    program = f"\n```python\n{card.program}\n```\n" if isinstance(card, ProgramCard) else ""
     cost = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in card.cost.items())
     data = "; ".join(f"{name} ({licence})" for name, licence in card.data.items()) or "generated"
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
@@ -140,8 +198,8 @@ def render(card: Card) -> str:
 
 {card.summary}
 
-`{card.learned_optimizer}`({options}): {card.meta_parameters:,} meta-parameters. Licence: {card.license}. {card.created}.
-
+{card.what}. Licence: {card.license}. {card.created}.
+{program}
 ```python
 optimizer = metaopt.optimizer("zoo:{card.name}", model)
 ```
@@ -158,8 +216,8 @@ metaopt zoo verify {card.name}
 {card.command}
 ```
 
-Meta-trained on {", ".join(card.tasks)}; data: {data}. Seed {card.seed}, on {card.device}; {cost}. {versions}.
-`config.json` is beside this page. sha256 of the weights: `{card.sha256}`.
+{card.made} on {", ".join(card.tasks)}; data: {data}. Seed {card.seed}, on {card.device}; {cost}. {versions}.
+`{card.record}` is beside this page. sha256 of the {card.kind}: `{card.sha256}`.
 
 ## Scores
 

@@ -1,7 +1,8 @@
 """Loading and verifying the entries of a zoo.
 
-An entry is a directory ``<name>/`` with ``theta.safetensors`` (from `metaopt.resolve.save_theta`), ``card.json``
-(`metaopt.zoo.card.Card`) and the page ``README.md`` made of it. Plugins offer entries through ``metaopt_zoo_rules``.
+An entry is a directory ``<name>/`` with ``theta.safetensors`` (from `metaopt.resolve.save_theta`) or ``rule.py`` (from
+``metaopt simplify``, with a class ``Champion``), ``card.json`` (`metaopt.zoo.card.Card`) and the page ``README.md`` made of it.
+Plugins offer entries through ``metaopt_zoo_rules``.
 """
 
 from __future__ import annotations
@@ -15,26 +16,35 @@ from pathlib import Path
 import torch
 
 from metaopt import registry
-from metaopt.learned import BoundRule
+from metaopt.evaluate.race import description
+from metaopt.program import parse_program
 from metaopt.resolve import THETA_FILE, load_theta, read_theta
-from metaopt.rule import UpdateRule
+from metaopt.rule import ElementwiseRule, UpdateRule
 from metaopt.suite import content_hash
 from metaopt.task import Task
 from metaopt.unroll import start, unroll
-from metaopt.zoo.card import PAGE_FILE, read_card, render
+from metaopt.zoo.card import PAGE_FILE, ProgramCard, WeightsCard, read_card, render
+
+RULE_FILE, RULE_CLASS = "rule.py", "Champion"
 
 
-def load(directory: Path | str) -> BoundRule:
+def load(directory: Path | str) -> UpdateRule:
     """The rule of the entry in ``directory``.
 
+    Weights import nothing but registered learned optimizers. A program is imported, from the entry's own ``rule.py`` and
+    nowhere else: it is code of the package that the entry comes with, as its plugin is.
+
     Raises:
-        ValueError: its card is not complete, its weights are not those of the card, or its learned optimizer is not installed.
+        ValueError: its card is not complete, its weights or program are not those of the card, its learned optimizer is not
+            installed, or the program is no elementwise rule.
     """
     card = read_card(directory)
-    path = Path(directory) / THETA_FILE
+    path = Path(directory) / (THETA_FILE if isinstance(card, WeightsCard) else RULE_FILE)
     found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
     if found != card.sha256:
         raise ValueError(f"{path} is not what its card describes: sha256 {found}, not {card.sha256}; install it again")
+    if not isinstance(card, WeightsCard):
+        return load_program(path)
     name, options, _ = read_theta(path)
     if name != card.learned_optimizer or json.dumps(options) != json.dumps(card.options):
         raise ValueError(f"{path} belongs to {name} {options}, its card says {card.learned_optimizer} {card.options}")
@@ -42,8 +52,20 @@ def load(directory: Path | str) -> BoundRule:
     return load_theta(path)
 
 
+def load_program(path: Path) -> ElementwiseRule:
+    """The rule of a file that ``metaopt simplify`` wrote, with its defaults; the file is imported.
+
+    Raises:
+        ValueError: it cannot be imported, or its ``Champion`` is no elementwise rule.
+    """
+    kind = registry.load_reference(f"{path}:{RULE_CLASS}")
+    if not (isinstance(kind, type) and issubclass(kind, ElementwiseRule)):
+        raise ValueError(f"{RULE_CLASS} of {path} is no ElementwiseRule; metaopt simplify writes one")
+    return kind()
+
+
 def verify(directory: Path | str) -> float:
-    """Check an entry: its card is complete, its weights are the card's, its page is the card's, and it trains as recorded.
+    """Check an entry: its card is complete, its weights or program are the card's, so is its page, and it trains as recorded.
 
     Returns:
         The largest relative difference of a golden loss.
@@ -55,6 +77,14 @@ def verify(directory: Path | str) -> float:
     page = Path(directory) / PAGE_FILE
     if not page.is_file() or page.read_text() != render(card):
         raise ValueError(f"{page} is not the page of its card; write metaopt.zoo.render(card) to it")
+    if isinstance(card, ProgramCard):
+        traced = description(rule)["program"]
+        if parse_program(card.program) != parse_program(traced):
+            raise ValueError(f"{RULE_FILE} of {card.name} is not the program on its card: traced, it is\n{traced}")
+        if rule.hp != card.hyperparameters:
+            raise ValueError(
+                f"{RULE_FILE} of {card.name} has the hyperparameters {rule.hp}, not {card.hyperparameters}"
+            )
     golden = card.golden
     content, losses = golden_losses(rule, golden["task"], golden["seed"], len(golden["losses"]))
     if content != golden["content"]:

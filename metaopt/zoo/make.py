@@ -1,4 +1,4 @@
-"""Making an entry of a zoo from a finished meta-training run and a race that it took part in."""
+"""Making an entry of a zoo from a finished meta-training run or search, and a race that it took part in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,23 @@ import torch
 
 import metaopt
 from metaopt import registry
+from metaopt.evaluate.race import description
 from metaopt.evaluate.report import plain
 from metaopt.evaluate.statistics import estimate
-from metaopt.learned import digest
 from metaopt.meta.config import texts_in
 from metaopt.meta.trainer import CONFIG_FILE, METRICS_FILE
 from metaopt.resolve import THETA_FILE, load_theta, read_theta
+from metaopt.rule import UpdateRule
 from metaopt.suite import suites
-from metaopt.zoo.card import CARD_FILE, PAGE_FILE, Card, render
-from metaopt.zoo.entry import golden_losses, verify
+from metaopt.zoo.card import CARD_FILE, PAGE_FILE, Card, ProgramCard, WeightsCard, render
+from metaopt.zoo.entry import RULE_CLASS, RULE_FILE, golden_losses, load_program, verify
 
 INIT_THETA_FILE = "init_theta.safetensors"
 """With which the first run began, where that is of no run."""
+CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD = "champion.py", "champion.json", "funnel.json"
+"""What ``metaopt simplify`` leaves in the directory of a search, beside the ``report.json`` of each worker."""
+START_FILE = "start.txt"
+"""From which a search began."""
 UNKNOWN = "unknown"
 GOLDEN_STEPS = 10
 GOLDEN_SEED = 0
@@ -50,14 +56,14 @@ def add(
     limits: str,
     golden_task: str = "digits_mlp",
 ) -> Path:
-    """Make an entry of a finished meta-training run.
+    """Make an entry of a finished meta-training run, or of a search whose champion ``metaopt simplify`` wrote.
 
     Args:
-        run: its directory.
+        run: its directory. That of a search holds ``champion.py``, which is imported.
         name: of the entry: lower-case letters, digits and underscores.
         into: the directory of entries, of which the entry becomes a subdirectory.
-        race: the directory of a race (`metaopt.evaluate.save`) in which the run took part.
-        license: of the weights.
+        race: the directory of a race (`metaopt.evaluate.save`) in which the run, or the champion, took part.
+        license: of the weights or the program.
         summary: one line.
         limits: what it was not tried on, and where it is known to fail.
         golden_task: a quick task, whose first losses are recorded for `verify`.
@@ -66,13 +72,57 @@ def add(
         The entry's directory; it appears whole or not at all.
 
     Raises:
-        ValueError: a bad name, an entry of that name, a directory that holds no run or no race, or a race of other weights.
+        ValueError: a bad name, an entry of that name, a directory that holds no run or no race, a champion that is not what
+            the search found, or a race of another rule.
     """
     run, target = Path(run), Path(into) / name
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"the name of an entry is made of lower-case letters, digits and underscores, got {name!r}")
     if target.exists():
-        raise ValueError(f"{target} is there already; published weights do not change, so choose another name")
+        raise ValueError(f"{target} is there already; what is published does not change, so choose another name")
+    source = _of_search(run) if (run / CHAMPION_FILE).is_file() else _of_meta_training(run)
+    content, losses = golden_losses(source.rule, golden_task, GOLDEN_SEED, GOLDEN_STEPS)
+    card = source.card(
+        name=name, summary=summary, license=license, limits=limits,
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        versions={"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        scores=scores_of(_read_json(Path(race) / "race.json", "a race"), source.rule),
+        golden={"task": golden_task, "content": content, "seed": GOLDEN_SEED, "losses": losses, "rtol": GOLDEN_RTOL},
+        **source.fields,
+    )  # fmt: skip
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as parent:
+        made = Path(parent) / name
+        made.mkdir()
+        for file, data in source.files.items():
+            (made / file).write_bytes(data)
+        text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False, allow_nan=False)
+        (made / CARD_FILE).write_text(f"{text}\n")
+        (made / PAGE_FILE).write_text(render(card))
+        verify(made)
+        shutil.rmtree(made / "__pycache__", ignore_errors=True)
+        os.rename(made, target)
+    return target
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a run gives an entry.
+
+    Attributes:
+        rule: with its defaults.
+        card: its kind.
+        fields: of the card, as far as they follow from the run.
+        files: name in the entry -> content.
+    """
+
+    rule: UpdateRule
+    card: type[Card]
+    fields: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def _of_meta_training(run: Path) -> _Source:
     config = _config(run)
     learned, options, theta = read_theta(run)
     if ":" in learned:
@@ -81,59 +131,113 @@ def add(
             "(examples/third_party) and meta-train it under that name"
         )
     registry.get("learned_optimizer", learned)
-    rule = load_theta(run)
-    content, losses = golden_losses(rule, golden_task, GOLDEN_SEED, GOLDEN_STEPS)
-    golden = {"task": golden_task, "content": content, "seed": GOLDEN_SEED, "losses": losses, "rtol": GOLDEN_RTOL}
     phases = _phases(run)
-    card = Card(
-        name=name, summary=summary, license=license, limits=limits,
-        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        sha256=hashlib.sha256((run / THETA_FILE).read_bytes()).hexdigest(),
-        learned_optimizer=learned, options=options, meta_parameters=sum(value.numel() for value in theta.values()),
-        command="\n".join(f"metaopt meta-train --config {phase.file} --out {phase.shown}" for phase in phases),
-        seed=config["seed"], device=config["device"], cost=_cost([phase.run / METRICS_FILE for phase in phases]),
-        tasks=_tasks_of(phases), data=_data_of(phases),
-        versions={"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        scores=scores_of(_read_json(Path(race) / "race.json", "a race"), digest(theta)),
-        golden=golden,
-    )  # fmt: skip
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as parent:
-        made = Path(parent) / name
-        made.mkdir()
-        shutil.copyfile(run / THETA_FILE, made / THETA_FILE)
-        for phase in phases:
-            (made / phase.file).write_text(json.dumps(phase.settings, indent=2) + "\n")
-        if (given := _given_theta(phases[0].run)) is not None:
-            shutil.copyfile(given, made / INIT_THETA_FILE)
-        text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False, allow_nan=False)
-        (made / CARD_FILE).write_text(f"{text}\n")
-        (made / PAGE_FILE).write_text(render(card))
-        verify(made)
-        os.rename(made, target)
-    return target
+    choices = [choice for phase in phases for choice in phase.settings["tasks"]]
+    files = {THETA_FILE: (run / THETA_FILE).read_bytes()}
+    files |= {phase.file: f"{json.dumps(phase.settings, indent=2)}\n".encode() for phase in phases}
+    given = _given_theta(phases[0].run)
+    if given is not None:
+        files[INIT_THETA_FILE] = given.read_bytes()
+    fields = {
+        "sha256": hashlib.sha256(files[THETA_FILE]).hexdigest(),
+        "learned_optimizer": learned,
+        "options": options,
+        "meta_parameters": sum(value.numel() for value in theta.values()),
+        "command": "\n".join(f"metaopt meta-train --config {phase.file} --out {phase.shown}" for phase in phases),
+        "seed": config["seed"],
+        "device": config["device"],
+        "cost": _cost([phase.run / METRICS_FILE for phase in phases]),
+        "tasks": _tasks_of(choices),
+        "data": _data_of(choices, [] if given is None else [f"data of {INIT_THETA_FILE}"]),
+    }
+    return _Source(load_theta(run), WeightsCard, fields, files)
 
 
-def scores_of(race: dict[str, Any], theta: str) -> dict[str, Any]:
+def _of_search(run: Path) -> _Source:
+    champion = _read_json(run / CHAMPION_RECORD, "a simplified champion")
+    files = {RULE_FILE: (run / CHAMPION_FILE).read_bytes()}
+    if hashlib.sha256(files[RULE_FILE]).hexdigest() != champion["sha256"]:
+        raise ValueError(
+            f"{run / CHAMPION_FILE} is not what metaopt simplify wrote; simplify {run} again, then race it"
+        )
+    reports = {path.name: _without_folders(path.read_text()) for path in run.glob("report*.json")}
+    workers = sorted((json.loads(text) for text in reports.values()), key=lambda report: report["worker"])
+    best = [worker["champion"]["text"] for worker in workers]
+    through_funnel = (run / FUNNEL_RECORD).is_file()
+    if through_funnel:
+        files[FUNNEL_RECORD] = (run / FUNNEL_RECORD).read_bytes()
+        best = [json.loads(files[FUNNEL_RECORD])["champion"]]
+    if champion["simplified"] not in best:
+        raise ValueError(
+            f"{run / CHAMPION_FILE} is not of the best candidate in the search's report or funnel; simplify {run} again, "
+            "then race it"
+        )
+    config, counts = workers[0]["config"], [worker["counts"] for worker in workers]
+    files[START_FILE] = config["start"].encode()
+    files[CHAMPION_RECORD] = _without_folders((run / CHAMPION_RECORD).read_text()).encode()
+    files |= {name: text.encode() for name, text in reports.items()}
+    choices = json.loads(files[CHAMPION_RECORD])["tasks"]
+    rule = load_program(run / CHAMPION_FILE)
+    shown = f"runs/{run.resolve().name}"
+    commands = [*(_search_command(worker, shown) for worker in workers),
+                *([["discover", "funnel", shown]] if through_funnel else []),
+                ["simplify", shown, "--tolerance", champion["tolerance"]]]  # fmt: skip
+    fields = {
+        "sha256": champion["sha256"],
+        "program": description(rule)["program"],
+        "hyperparameters": rule.hp,
+        "command": "\n".join(shlex.join(["metaopt", *map(str, command)]) for command in commands),
+        "seed": config["seed"],
+        "device": "cpu",
+        "cost": {
+            shown: round(sum(count[counted] for count in counts))
+            for shown, counted in {
+                "children": "children", "trained_candidates": "unique", "inner_steps": "updates", "seconds": "seconds",
+            }.items()
+        },
+        "tasks": _tasks_of(choices),
+        "data": _data_of(choices),
+    }  # fmt: skip
+    return _Source(rule, ProgramCard, fields, files)
+
+
+def _search_command(report: dict[str, Any], out: str) -> list[Any]:
+    config = report["config"]
+    options = [part for name, value in config["options"].items() for part in ("--set", f"{name}={value}")]
+    asked = json.loads(config["judge"])["asked"]
+    return [
+        "discover", "rule", "--start", START_FILE, "--tasks", asked, "--searcher", config["searcher"], *options,
+        "--seed", config["seed"], "--budget", report["counts"]["children"], "--out", out,
+        *(["--worker", report["worker"]] if report["worker"] else []),
+    ]  # fmt: skip
+
+
+def _without_folders(text: str) -> str:
+    """JSON whose absolute paths, of tasks in a file for example, have lost the folders of the machine that ran it."""
+    return re.sub(r'(?<=[",])/(?:[^/",\\]+/)*', "", text)
+
+
+def scores_of(race: dict[str, Any], rule: UpdateRule) -> dict[str, Any]:
     """What a card keeps of a race.
 
     Args:
         race: what `metaopt.evaluate.report.as_json` wrote.
-        theta: `metaopt.learned.digest` of the weights.
+        rule: of the run, with its defaults.
 
     Returns:
-        ``label``, the contender with these weights; ``protocol``, ``versions``, ``ranking``, ``aggregate`` and
+        ``label``, the contender that is this rule; ``protocol``, ``versions``, ``ranking``, ``aggregate`` and
         ``against_adamw`` of the race; ``entries[contender][task]`` with ``loss`` (estimate), ``lr`` and ``diverged``; and
         ``differences[contender][task]``, estimates of our normalised score less the contender's, paired by seed.
 
     Raises:
-        ValueError: the weights took no part in the race.
+        ValueError: the rule took no part in the race.
     """
-    labels = [name for name, described in race["contenders"].items() if described.get("theta") == theta]
+    wanted = plain(description(rule))
+    labels = [name for name, described in race["contenders"].items() if described == wanted]
     if not labels:
         raise ValueError(
-            f"none of the contenders {', '.join(race['contenders'])} of that race has the weights of the run; "
-            f"race the run's directory (metaopt race RUN adamw) and give that race"
+            f"none of the contenders {', '.join(race['contenders'])} of that race is the rule of the run; "
+            f"race it (metaopt race RUN adamw, of a search RUN/{CHAMPION_FILE}:{RULE_CLASS}) and give that race"
         )
     ours = race["entries"][labels[0]]
     kept = ("protocol", "versions", "ranking", "aggregate", "against_adamw")
@@ -214,9 +318,8 @@ def _cost(metrics: list[Path]) -> dict[str, Any]:
     return {"outer_steps": len(lines), **{key: round(sum(line[key] for line in lines)) for key in known}}
 
 
-def _tasks_of(phases: list[_Phase]) -> list[str]:
-    """What the phases trained on: tasks, with their options, and ``suite:NAME`` for the members of a whole suite."""
-    choices = [choice for phase in phases for choice in phase.settings["tasks"]]
+def _tasks_of(choices: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a run trained on: tasks, with their options, and ``suite:NAME`` for the members of a whole suite."""
     left = dict.fromkeys(_described(choice["name"], choice["options"]) for choice in choices)
     short = []
     for suite, names in suites().items():
@@ -230,13 +333,10 @@ def _described(name: str, options: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" if options else name
 
 
-def _data_of(phases: list[_Phase]) -> dict[str, str]:
-    """The data sources that the phases trained on, with their licences."""
-    found = [_sources(choice["name"], choice["options"]) for phase in phases for choice in phase.settings["tasks"]]
-    if _given_theta(phases[0].run) is not None:
-        found.append({f"data of {INIT_THETA_FILE}"})
+def _data_of(choices: Iterable[Mapping[str, Any]], others: Iterable[str] = ()) -> dict[str, str]:
+    """The data sources of these tasks, and others, with their licences."""
     licences = registry.specs("data_source")
-    sources = sorted(set().union(*found))
+    sources = sorted(set(others).union(*(_sources(choice["name"], choice["options"]) for choice in choices)))
     return {s: licences[s].facts.get("license", UNKNOWN) if s in licences else UNKNOWN for s in sources}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from metaopt.files import write_atomic
 from metaopt.resolve import hashable
 from metaopt.search import Archive
 from metaopt_symbolic.cascade import Cascade, Stage
@@ -13,7 +15,7 @@ from metaopt_symbolic.genome import parse
 from metaopt_symbolic.rule_file import write_rule_file
 from metaopt_symbolic.search import STUDY
 from metaopt_symbolic.simplify import Simplified, simplify
-from metaopt_symbolic.suites import search_tasks
+from metaopt_symbolic.suites import search_tasks, task_choices
 
 NAME = "Champion"
 """Of the class."""
@@ -28,6 +30,9 @@ def write_champion(
     """Simplify the champion of the search in ``directory``, by its last stage, and write it as ``champion.py`` there.
 
     The champion is that of the funnel, if there was one, else the best elite.
+
+    What ``metaopt zoo add`` needs to know of it is in ``champion.json``: the text that was simplified, how, the tasks of the
+    search as registered tasks and their options, and the sha256 of ``champion.py``.
 
     Args:
         directory: of the search.
@@ -52,4 +57,15 @@ def write_champion(
     last: dict[str, Any] = {key: hashable(value) for key, value in judge["stages"][-1].items()}
     scores = Cascade(search_tasks(judge["asked"]), [Stage(**last)]).scores
     found = simplify(champion, scores, tolerance=tolerance, evolution=evolution)
-    return found, write_rule_file(found.genome, directory / "champion.py", NAME, origin)
+    path = write_rule_file(found.genome, directory / "champion.py", NAME, origin)
+    facts = {
+        "simplified": champion.text(),
+        "tolerance": tolerance,
+        "before": found.before,
+        "after": found.after,
+        "log": found.log,
+        "tasks": task_choices(judge["asked"]),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    write_atomic(directory / "champion.json", json.dumps(facts, indent=1) + "\n")
+    return found, path

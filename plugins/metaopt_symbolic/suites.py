@@ -77,3 +77,13 @@ def search_tasks(text: str) -> dict[str, Task]:
     if not made:
         raise ValueError("a search needs at least one task, got none")
     return made
+
+
+def task_choices(text: str) -> list[dict[str, Any]]:
+    """What the tasks of `search_tasks` are made of: ``name`` of the registered task, and ``options``."""
+    if text not in SUITES:
+        return [{"name": name, "options": {}} for name in listed(text.split(","))]
+    return [
+        {"name": declared["task"], "options": {key: value for key, value in declared.items() if key != "task"}}
+        for declared in SUITES[text].values()
+    ]

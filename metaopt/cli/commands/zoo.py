@@ -29,7 +29,7 @@ def list_entries(as_json: AsJson = False) -> None:
     """
     from metaopt.cli.commands.catalogue import print_specs
 
-    columns = ("name", "summary", "learned_optimizer", "tasks", "license", "plugin")
+    columns = ("name", "summary", "holds", "learned_optimizer", "tasks", "license", "plugin")
     print_specs("zoo_rule", columns, as_json)
 
 
@@ -47,7 +47,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
 
 @zoo.command("verify")
 def verify(name: Annotated[str | None, typer.Argument(help="An entry; default: all of them.")] = None) -> None:
-    """Check that weights are those of their card, that the card is complete, and that training repeats the recorded losses.
+    """Check that entries are what their cards say, that cards are complete, and that training repeats the recorded losses.
 
     Example: [bold]metaopt zoo verify[/bold]
     """
@@ -72,10 +72,16 @@ def verify(name: Annotated[str | None, typer.Argument(help="An entry; default: a
 
 @zoo.command("add")
 def add(
-    run: Annotated[Path, typer.Argument(help="Directory of a finished meta-training run.")],
+    run: Annotated[
+        Path, typer.Argument(help="Directory of a finished meta-training run, or of a search and its champion.")
+    ],
     name: Annotated[str, typer.Argument(help="Of the entry: lower-case letters, digits, underscores.")],
-    race: Annotated[Path, typer.Option(help="Directory of a race that the run took part in.")],
-    license: Annotated[str, typer.Option("--license", "--licence", help="Of the weights, for example Apache-2.0.")],
+    race: Annotated[
+        Path, typer.Option(help="Directory of a race that the run, or RUN/champion.py:Champion, took part in.")
+    ],
+    license: Annotated[
+        str, typer.Option("--license", "--licence", help="Of the weights or the program, for example Apache-2.0.")
+    ],
     summary: Annotated[str, typer.Option(help="One line.")],
     limits: Annotated[str, typer.Option(help="What it was not tried on, and where it fails.")],
     to: Annotated[Path, typer.Option("--to", help="Directory of entries: a package whose plugin lists them.")] = Path(
@@ -83,7 +89,7 @@ def add(
     ),
     task: Annotated[str, typer.Option(help="A quick task, whose first losses are recorded.")] = "digits_mlp",
 ) -> None:
-    """Make an entry of a meta-training run: weights, card and page, whole or not at all.
+    """Make an entry of a meta-training run or a simplified champion: the rule, card and page, whole or not at all.
 
     Example: [bold]metaopt zoo add runs/lopt small_lopt --race runs/race --license Apache-2.0
     --summary "..." --limits "..."[/bold]
