@@ -47,9 +47,9 @@ _SMALL_MEAN_ELEMENTS = 4_096
 
 
 @cache
-def say_unfused(what: str) -> None:
-    """One logged line: "fused" was asked for, and ``what`` runs as torch operations."""
-    logging.getLogger("metaopt").info("execution 'fused': %s, so torch operations run", what)
+def say_unfused(reason: str) -> None:
+    """One logged line per process and reason: "fused" was asked for, and torch operations run."""
+    logging.getLogger("metaopt").info("execution 'fused': %s, so torch operations run", reason)
 
 
 class Work(NamedTuple):
