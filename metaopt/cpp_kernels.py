@@ -1,4 +1,4 @@
-"""The kernels of CPUs: generated C++, where a compiler is found."""
+"""The kernels of CPUs: generated C++, where a compiler is found, and NumPy's BLAS."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from metaopt.dense.cpp import dense_gradients, dense_unroll
 from metaopt.dense.network import DenseNetwork
 from metaopt.kernels import BlockwiseStep, Dtypes
+from metaopt.matrix_cpu import newton_schulz
 from metaopt.perparameter.cpp import fused_step, supports
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
@@ -22,7 +23,7 @@ from metaopt.rule import Params, State
 class CppKernels:
     """See `metaopt.kernels.Kernels`."""
 
-    of_matrices: Mapping[str, Replacement] = {}  # torch's own products are as good
+    of_matrices: Mapping[str, Replacement] = {"newton_schulz": newton_schulz}
 
     def elementwise(self, program: Program, dtypes: Dtypes, out_of_place: bool = False) -> CppStep | None:
         """See `compile_cpp`."""

@@ -172,7 +172,7 @@ def _run_kernel(kernel: ElementwiseStep, columns: Columns, coefficients: Mapping
 
 
 def matrix_kernels(execution: Execution, work: Sequence[Work]) -> Mapping[str, Replacement]:
-    """What replaces functions of matrices in a step of ``work``, for those who ask for kernels."""
+    """What replaces functions of matrices in a step of ``work``."""
     params = [p for one in work for p in one.params]
     found = _kernels(execution, params) if len({p.device for p in params}) == 1 else None
     return {} if found is None else found.of_matrices

@@ -10,6 +10,9 @@ from metaopt.replacing import replaceable
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b and c of `newton_schulz`."""
 
+STEPS_AT_ONCE = 3
+"""How many steps `newton_schulz` takes on A = X X^T before their product meets a long X."""
+
 
 @replaceable
 def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
@@ -33,8 +36,8 @@ def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
     if x.is_cpu and x.shape[-1] >= 2 * x.shape[-2]:  # a GPU's TF32 products would lose the small values of A
-        for done in range(0, steps, 3):
-            x = _product_of_steps(_symmetric_product(x, x.mT), min(3, steps - done)) @ x
+        for done in range(0, steps, STEPS_AT_ONCE):
+            x = _product_of_steps(_symmetric_product(x, x.mT), min(STEPS_AT_ONCE, steps - done)) @ x
     else:
         for _ in range(steps):
             x = (_higher_terms(_symmetric_product(x, x.mT)) @ x).add(x, alpha=a)

@@ -7,7 +7,6 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -309,7 +308,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         alike: dict[tuple[Any, ...], list[Work]] = {}
         for one in work:
             alike.setdefault(tuple([one.group[name] for name in self._options]), []).append(one)
-        with replacing(matrix_kernels(self.execution, work)) if self.execution == "fused" else nullcontext():
+        with replacing(matrix_kernels(self.execution, work)):
             for same in alike.values():
                 self._step_alike(same, foreign, closure if "closure" in self._needed else None, seen)
         return loss if closure is not None else None
