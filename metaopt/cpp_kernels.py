@@ -15,6 +15,7 @@ from metaopt.perparameter.cpp import fused_step, supports
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
 from metaopt.program.cpp import CppStep, compile_cpp
+from metaopt.program.population import Population, PopulationStep
 from metaopt.program.program import Program
 from metaopt.replacing import Replacement
 from metaopt.rule import Params, State
@@ -34,6 +35,10 @@ class CppKernels:
     ) -> BlockwiseStep | None:
         """None: torch operations read and write 8 bits, C++ steps what they stand for."""
         return None
+
+    def population(self, population: Population, runs: Tensor, sizes: Sequence[int]) -> PopulationStep:
+        """See `PopulationStep`."""
+        return PopulationStep(population, runs, sizes)
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
         """See `supports`."""

@@ -19,6 +19,7 @@ from metaopt.dense.network import DenseNetwork
 from metaopt.eight_bit import Blockwise
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
+from metaopt.program.population import Population
 from metaopt.program.program import Program
 from metaopt.replacing import Replacement
 from metaopt.rule import Params, State
@@ -59,6 +60,13 @@ class BlockwiseStep(Protocol):
         """Update parameters and slots in place; gradients are only read."""
 
 
+class RunsStep(Protocol):
+    """One step of R runs of different programs: see `metaopt.program.population.PopulationStep`."""
+
+    def __call__(self, params: Tensor, grads: Tensor, slots: Tensor, numbers: Tensor) -> None:
+        """Update parameters [R, P] and slots [S, R, P] in place."""
+
+
 class Kernels(Protocol):
     """The fused passes of one kind of device, registered under its name (``cpu``, ``cuda``).
 
@@ -83,6 +91,15 @@ class Kernels(Protocol):
             program: what to run.
             signed: for each slot, whether it may be negative.
             dtypes: of parameters and gradients.
+        """
+
+    def population(self, population: Population, runs: Tensor, sizes: Sequence[int]) -> RunsStep | None:
+        """The step of R runs of programs of a population.
+
+        Args:
+            population: the programs.
+            runs: int64 [R], the program of each run.
+            sizes: the elements of the tensors that lie side by side in each run's row.
         """
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:

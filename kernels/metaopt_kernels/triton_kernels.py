@@ -11,6 +11,7 @@ from metaopt.dense.network import DenseNetwork
 from metaopt.kernels import Dtypes
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
+from metaopt.program.population import Population
 from metaopt.program.program import Program
 from metaopt.replacing import Replacement
 from metaopt.rule import Params, State
@@ -21,6 +22,7 @@ from metaopt_kernels.elementwise import TritonStep, elementwise
 from metaopt_kernels.network_step import fused_step, supports
 from metaopt_kernels.network_unroll import network_unroll
 from metaopt_kernels.newton_schulz import newton_schulz
+from metaopt_kernels.population import TritonPopulationStep
 
 
 class TritonKernels:
@@ -37,6 +39,10 @@ class TritonKernels:
     ) -> BlockwiseStep | None:
         """See `metaopt_kernels.blockwise.blockwise_step`."""
         return blockwise_step(program, signed, dtypes)
+
+    def population(self, population: Population, runs: Tensor, sizes: Sequence[int]) -> TritonPopulationStep:
+        """See `metaopt_kernels.population`."""
+        return TritonPopulationStep(population, runs, sizes)
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
         """See `metaopt_kernels.network_step.supports`."""

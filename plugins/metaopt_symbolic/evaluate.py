@@ -15,7 +15,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.evaluate import split_losses
 from metaopt.inner_step import gradients
-from metaopt.kernels import kernels_of
+from metaopt.kernels import RunsStep, kernels_of
 from metaopt.program.population import Population, PopulationStep
 from metaopt.random import sample_indices, step_keys
 from metaopt.rule import Params
@@ -28,8 +28,8 @@ WINDOW = 25
 EXPLODED = 1e10
 """A run whose training loss passes so many times that of its first step, or of 1, has diverged. One outlier can cost 1e6."""
 
-MEMORY = 2**23
-"""Bytes of the runs that step together, about; more of them would leave the cache."""
+IN_CACHE, ON_DEVICE = 2**23, 2**31
+"""Bytes of the runs that step together, about: on a CPU more of them would leave the cache, other devices want to be filled."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class _Course:
         self.first = torch.cat([p.flatten(1) for p in first.values()], 1)
         self.slots = population.kernel.inputs - 2
         batch = sum(t[0].numel() * t.element_size() for t in task.train.tensors.values()) * task.batch_size
-        self.together = max(1, MEMORY // (4 * (4 + self.slots) * sum(self.sizes) + 2 * batch))
+        memory = IN_CACHE if self.device.type == "cpu" else ON_DEVICE
+        self.together = max(1, memory // (4 * (4 + self.slots) * sum(self.sizes) + 2 * batch))
+        self.kernels = kernels_of(self.device.type)
         self.gradients = self._by_kernel() or self._by_torch
 
     def run(self, program: Tensor, factors: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +131,7 @@ class _Course:
         buffers = tree.map_tree(lambda b: b.expand(count, *b.shape).clone(), self.task.buffers())
         limit = params.new_zeros(count)
         alive, rates, begin = torch.arange(count), schedule(self.horizon).to(self.device), 0
-        step = PopulationStep(self.population, program, self.sizes)
+        step = self._step(program)
         for end in self.ends:
             at = torch.arange(begin, end, device=self.device)
             numbers = self.population.numbers(program, {"lr": factors[:, None] * rates[at], "t": (at + 1.0)[None]})
@@ -155,11 +157,15 @@ class _Course:
                 buffers = tree.index(buffers, keep)
                 if not len(alive):
                     break
-                step = PopulationStep(self.population, program, self.sizes)
+                step = self._step(program)
             if end in self.looks:
                 losses[alive, self.looks.index(end)] = self._judged(params, buffers)
             begin = end
         return losses, curve / self.horizon, diverged
+
+    def _step(self, program: Tensor) -> RunsStep:
+        found = None if self.kernels is None else self.kernels.population(self.population, program, self.sizes)
+        return found or PopulationStep(self.population, program, self.sizes)
 
     def _indices(self, at: Tensor) -> Tensor:
         """The examples [S, T, B] of these T steps: those of the unroll."""
@@ -195,7 +201,7 @@ class _Course:
 
     def _by_kernel(self) -> Callable[..., tuple[Tensor, Params]] | None:
         """The same by the kernels of dense networks; None where they do not take the task."""
-        dense, kernels = self.task.dense, kernels_of(self.device.type)
+        dense, kernels = self.task.dense, self.kernels
         if dense is None or kernels is None:
             return None
         inputs, target = (self.task.train.tensors[key] for key in (dense.inputs, dense.target))

@@ -38,6 +38,7 @@ def script(monkeypatch):
         ("inner_steps", "rule", {"adamw", "small_fc_lopt, hidden 4"}),
         ("outer_steps", "rule", {"celo2_base"}),
         ("population_steps", "programs", {4}),
+        ("search_runs", "task", {"digits_mlp", "mixtures_16d_mlp"}),
     ],
 )  # fmt: skip
 def test_every_row_is_measured(script, name, column, expected):

@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 from population_cases import RULES, after, every_reduction, every_statement, expected, trained
 from random_programs import exact_programs, positive, reducing_programs, small_integers, smooth_programs, special
 
+from metaopt import registry
+from metaopt.cpp_kernels import CppKernels
 from metaopt.program import OPS, Program, Statement
 from metaopt.program.population import encode
 from metaopt_kernels.population import BLOCK, TritonPopulationStep
+from metaopt_kernels.triton_kernels import TritonKernels
+from metaopt_symbolic.evaluate import train
+from metaopt_symbolic.genome import SEEDS, parse
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, in the interpreter: 1 / 0 and the like
@@ -137,3 +142,14 @@ def test_tensors_that_a_kernel_cannot_walk_are_refused(device: torch.device) -> 
         step(params=wide[:, :3].half().contiguous(), grads=torch.ones(2, 3, device=device).half(), **half)
     with pytest.raises(ValueError, match="runs must be on"):
         TritonPopulationStep(population, torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+def test_searched_runs_step_by_the_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = registry.create("task", "digits_mlp", hidden=(4,), batch_size=8, device=str(device))
+    programs = [parse(SEEDS[name]).program() for name in ("adamw", "lion", "momentum")]
+    made = []
+    for kernels in (CppKernels(), TritonKernels()):
+        monkeypatch.setattr("metaopt_symbolic.evaluate.kernels_of", lambda _, kernels=kernels: kernels)
+        made.append(train(task, encode(programs), horizon=3, seeds=(0, 1), multipliers=(1.0, 10.0)))
+    assert (made[0].diverged == -1).all()
+    torch.testing.assert_close(made[0].losses, made[1].losses, rtol=1e-4, atol=0)  # some ulps of float32 in each step
