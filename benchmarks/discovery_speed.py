@@ -24,7 +24,7 @@ from rich.table import Table
 
 from metaopt.files import write_atomic
 from metaopt.program.population import encode
-from metaopt_symbolic.analysis import analyse, without_redundant
+from metaopt_symbolic.analysis import analyse, live_part
 from metaopt_symbolic.cascade import Cascade, usual_stages
 from metaopt_symbolic.evaluate import train
 from metaopt_symbolic.fingerprint import fingerprint
@@ -72,12 +72,13 @@ def main() -> None:
     rows["children mutated and analysed (100 at once)"] = per_second(
         100, lambda: analyse(mutation.children(few, generator))
     )
-    rows["fingerprints"] = per_second(100, lambda: fingerprint(few))
+    few_programs = [few[k].program() for k in range(len(few))]
+    rows["fingerprints"] = per_second(100, lambda: fingerprint(few_programs))
     found = analyse(members)
     _, different = np.unique(found.hashes, return_index=True)
-    prints = fingerprint(members.select(different))
-    good = different[prints.finite & prints.uses_gradient]
-    programs = [without_redundant(members[int(k)]).program() for k in good]
+    programs = [live_part(members[int(k)], found, int(k)).program() for k in different]
+    prints = fingerprint(programs)
+    programs = [programs[k] for k in np.flatnonzero(prints.finite & prints.uses_gradient)]
     tasks = tasks_of("search")
     stages = usual_stages(list(tasks))
 

@@ -80,8 +80,8 @@ class Archive:
         for key in {*asked, *kept}:
             if asked.get(key) != kept.get(key):
                 raise ValueError(
-                    f"{storage or directory} holds a search with {key}={kept.get(key)!r}, not {asked.get(key)!r}; "
-                    f"give the same settings to go on with it, or choose another directory"
+                    f"{storage or directory} holds a search with {key}={_shown(kept.get(key))}, not "
+                    f"{_shown(asked.get(key))}; give the same settings to go on with it, or choose another directory"
                 )
         if "settings" not in self._study.user_attrs:
             self._study.set_user_attr("settings", asked)
@@ -115,3 +115,8 @@ class Archive:
             if trial.values and "digest" in trial.user_attrs
         ]
         return sorted(found, key=lambda elite: elite.score)
+
+
+def _shown(value: Any) -> str:
+    """Programs as their lines."""
+    return f"\n{value}" if isinstance(value, str) and "\n" in value else repr(value)

@@ -279,9 +279,13 @@ def without_redundant(genome: Genome) -> Genome:
         GenomeError: more than 64 variables.
     """
     genomes = Genomes.of([genome], max_length=max(len(genome.body), 1))
-    analysis = analyse(genomes)
-    dead = {slot for slot, is_live in zip(genome.outputs[1:], analysis.live_slots[0], strict=True) if not is_live}
+    return live_part(genome, analyse(genomes), 0)
+
+
+def live_part(genome: Genome, analysis: Analysis, k: int) -> Genome:
+    """The live statements and slots of a genome, where it is the k-th that was analysed."""
+    dead = {slot for slot, is_live in zip(genome.outputs[1:], analysis.live_slots[k], strict=True) if not is_live}
     tensors, outputs = (tuple(n for n in names if n not in dead) for names in (genome.tensors, genome.outputs))
-    live = analysis.live[0, : len(genome.body)]
+    live = analysis.live[k, : len(genome.body)].tolist()
     body = tuple(assign for assign, is_live in zip(genome.body, live, strict=True) if is_live)
     return Genome(tensors, genome.scalars, outputs, body)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from metaopt import registry
+from metaopt.files import write_atomic
 from metaopt.task import Task
 from metaopt_symbolic.cascade import Cascade, Stage
 from metaopt_symbolic.genome import Genome, from_rule, parse
@@ -78,3 +82,53 @@ def _neighbours(genome: Genome) -> Iterator[Genome]:
                     yield dataclasses.replace(
                         genome, body=(*genome.body[:k], a._replace(args=args), *genome.body[k + 1 :])
                     )
+
+
+# -- kept ------------------------------------------------------------------------------------------------------------
+
+TUNED_FILE = "tuned.json"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is tuned before a search, and what it was tuned for.
+
+    Attributes:
+        asked: text of the program to start from, as the user gave it.
+        judge: `metaopt_symbolic.report.describe` of the tasks and stages.
+        start: its `tuned_start`.
+        references: fitness of the `baselines`, by name.
+    """
+
+    asked: str
+    judge: str
+    start: str
+    references: dict[str, float]
+
+    def save(self, directory: Path) -> None:
+        """Keep it for those who go on with the search in ``directory``."""
+        write_atomic(directory / TUNED_FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def tuned_for(directory: Path, asked: str, judge: str, tasks: Mapping[str, Task], stage: Stage) -> Tuned:
+    """What is kept in ``directory``, and if there is nothing, what tuning finds, which takes seconds to minutes.
+
+    Raises:
+        ValueError: what is kept there is of another start, or of other tasks.
+    """
+    if not (directory / TUNED_FILE).is_file():
+        references = {name: found.score.fitness for name, found in baselines(tasks, stage).items()}
+        return Tuned(asked, judge, tuned_start(asked, tasks, stage), references)
+    kept = Tuned(**json.loads((directory / TUNED_FILE).read_text()))
+    if kept.asked != asked:
+        raise ValueError(
+            f"{directory} holds a search with another start; give that one to go on ({TUNED_FILE} there has it), or choose "
+            "another directory"
+        )
+    if kept.judge != judge:
+        tasks_then = json.loads(kept.judge)["asked"]
+        raise ValueError(
+            f"{directory} holds a search on the tasks {tasks_then!r} as they were then; give these to go on with it, or "
+            "choose another directory"
+        )
+    return kept

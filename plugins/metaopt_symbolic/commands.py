@@ -13,7 +13,7 @@ discover = typer.Typer(help="Search for optimizers.", rich_markup_mode="rich")
 
 Tasks = Annotated[
     str,
-    typer.Option(help="A suite of the search (search), suite:NAME for another, or tasks with commas between them."),
+    typer.Option(help="Suites of a search (search, sign), tasks, and suite:NAME, with commas between them."),
 ]
 
 
@@ -29,8 +29,8 @@ def rule(
     start: Annotated[
         str,
         typer.Option(
-            help="The program to start from: adamw, lion, rmsprop, momentum, a program's file.txt, or a rule of elementwise "
-            "text, registered or FILE.py:RULE."
+            help="The program to start from: adamw, lion, rmsprop, momentum, adabelief, a program's file.txt, or a rule of "
+            "elementwise text, registered or FILE.py:RULE."
         ),
     ] = "adamw",
     tasks: Tasks = "search",
@@ -57,7 +57,7 @@ def rule(
     from rich.console import Console
 
     from metaopt_symbolic import report
-    from metaopt_symbolic.baselines import baselines, tuned_start
+    from metaopt_symbolic.baselines import tuned_for
     from metaopt_symbolic.cascade import Cascade, usual_stages
     from metaopt_symbolic.search import Budget, Search, SearchConfig
     from metaopt_symbolic.start import start_text
@@ -66,16 +66,13 @@ def rule(
     spent = Budget.of(budget)
     used = search_tasks(tasks)
     stages = usual_stages(list(used))
-    references = {name: found.score.fitness for name, found in baselines(used, stages[-1]).items()}
-    config = SearchConfig(
-        tuned_start(start_text(start), used, stages[-1]),
-        searcher,
-        parse_settings(settings),
-        report.describe(tasks, used, stages),
-        seed=seed,
-    )
+    judge = report.describe(tasks, used, stages)
+    tuned = tuned_for(out, start_text(start), judge, used, stages[-1])
+    references = tuned.references
+    config = SearchConfig(tuned.start, searcher, parse_settings(settings), judge, seed=seed)
     console = Console(stderr=True)
     search = Search(config, Cascade(used, stages), out, storage, worker)
+    tuned.save(out)
     if spent.is_spent(search.counts):
         console.print(f"the budget of {budget} is used up: what was done in {out} before counts; give more to go on")
     try:

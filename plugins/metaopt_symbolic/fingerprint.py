@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from metaopt.program.population import PopulationStep, encode
 from metaopt.program.program import Program
-from metaopt_symbolic.genome import Genome
-from metaopt_symbolic.population import Genomes
 
 _PROBES, _STEPS, _SIZES = 2, 4, (600, 400)
 """Of two tensors, so that norms of a tensor and of the tree differ; a slot that was written can pass through two others. There
@@ -45,33 +43,32 @@ class Fingerprints(NamedTuple):
     uses_gradient: NDArray[np.bool_]
 
 
-def fingerprint(genomes: Genomes | Sequence[Genome]) -> Fingerprints:
+def fingerprint(programs: Sequence[Program]) -> Fingerprints:
     """Run optimizers for a few steps on random parameters and gradients, always the same ones, in float64.
 
     Both probes have the same parameters and learning rates. Magnitudes of gradients spread from 1e-4 to 1, so that what is
     defined only within [-1, 1], as arcsin, is finite.
 
     Args:
-        genomes: valid ones, of the same inputs.
+        programs: of the same scalars.
     """
-    chosen = [genomes[k] for k in range(len(genomes))]
-    parts = [_fingerprint(chosen[k : k + _AT_ONCE]) for k in range(0, len(chosen), _AT_ONCE)]
+    parts = [_fingerprint(programs[k : k + _AT_ONCE]) for k in range(0, len(programs), _AT_ONCE)]
     nothing = Fingerprints(np.zeros((0, _PROBES), np.uint64), np.zeros(0, bool), np.zeros(0, bool))
     return Fingerprints(*(np.concatenate(columns) for columns in zip(nothing, *parts, strict=True)))
 
 
-def _fingerprint(genomes: Sequence[Genome]) -> Fingerprints:
-    updates = _updates(genomes)
-    probes = _rounded(updates).reshape(len(genomes) * _PROBES, -1)
+def _fingerprint(programs: Sequence[Program]) -> Fingerprints:
+    updates = _updates(programs)
+    probes = _rounded(updates).reshape(len(programs) * _PROBES, -1)
     digests = b"".join(blake2b(probe.tobytes(), digest_size=8).digest() for probe in probes)
     hashes = np.frombuffer(digests, np.uint64).reshape(-1, _PROBES)
     finite = np.all(np.isfinite(updates), axis=(1, 2, 3))
     return Fingerprints(hashes, finite, hashes[:, 0] != hashes[:, 1])
 
 
-def _updates(genomes: Sequence[Genome]) -> NDArray[np.float64]:
+def _updates(programs: Sequence[Program]) -> NDArray[np.float64]:
     """[N, probes, steps, elements]."""
-    count, elements = len(genomes), sum(_SIZES)
+    count, elements = len(programs), sum(_SIZES)
     rng = np.random.default_rng(0)
 
     def spread(shape: Sequence[int], low: float, high: float) -> torch.Tensor:
@@ -82,9 +79,9 @@ def _updates(genomes: Sequence[Genome]) -> NDArray[np.float64]:
     grads = spread((_STEPS, _PROBES, elements), -1, 0) * 10 ** torch.from_numpy(rng.uniform(-3, 0, elements))
     scalars = {
         name: torch.from_numpy(np.arange(1.0, _STEPS + 1) if name == "t" else rng.uniform(0.05, 1, _STEPS))[None]
-        for name in genomes[0].scalars
+        for name in programs[0].scalars
     }
-    population = encode([_of_update(genome.program()) for genome in genomes])
+    population = encode([_of_update(program) for program in programs])
     runs = torch.arange(count).repeat_interleave(_PROBES)
     step = PopulationStep(population, runs, _SIZES)
     numbers = population.numbers(runs, scalars, torch.float64).expand(_STEPS, -1, -1)

@@ -23,7 +23,7 @@ from metaopt.task import Task
 from metaopt_symbolic.baselines import LEARNING_RATES, SETTINGS, family
 from metaopt_symbolic.evaluate import train
 from metaopt_symbolic.genome import Genome, parse
-from metaopt_symbolic.suites import tasks_of
+from metaopt_symbolic.suites import SUITES, tasks_of
 
 REFERENCE = "adamw"
 """Who holds the gates."""
@@ -101,8 +101,13 @@ def usual_gates(searched: str) -> tuple[Gate, Gate]:
     """The wider and longer versions of the suite that was searched on, and the cheap tasks of ``valid`` with data.
 
     Raises:
-        ValueError: no such suite of a search.
+        ValueError: not one suite of a search.
     """
+    if searched not in SUITES:
+        raise ValueError(
+            f"the funnel takes a search on one suite ({', '.join(SUITES)}), this one was on {searched!r}; "
+            "metaopt simplify takes its best candidate without a funnel"
+        )
     specs = registry.specs("task")
     cheap = [
         name for name in suite.members("valid")

@@ -363,5 +363,18 @@ def train(w, g, m, lr):
     update = mul(m, lr)
     return update, m
 """,
+    # without bias correction and epsilon, as the paper's AdamW
+    "adabelief": """\
+def train(w, g, m, v, lr):
+    m = interpolate(g, m, 0.9)
+    surprise = sub(g, m)
+    s2 = square(surprise)
+    v = interpolate(s2, v, 0.999)
+    root = sqrt(v)
+    update = div(m, root)
+    lr = mul(lr, 0.001)
+    update = mul(update, lr)
+    return update, m, v
+""",
 }
 """Programs to start from, by name; any registered `ElementwiseRule` is one too (`from_rule`)."""

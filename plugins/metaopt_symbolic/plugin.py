@@ -12,10 +12,20 @@ def metaopt_proposers() -> list[Spec]:
     place = "metaopt_symbolic.searchers"
     return [
         Spec("evolution", f"{place}:Evolution", "aging evolution of programs", ("rule",), paper),
+        Spec(
+            "effective", f"{place}:Evolution",
+            "evolution under more pressure, with restarts, by mutations more of which have an effect", ("rule",),
+            "Brameier and Banzhaf, 2007, Linear Genetic Programming", {
+                "population": 500, "tournament": 8, "patience": 8000, "parsimony": 5e-4,
+                "mutation": {
+                    "tune": 0.5, "splice": 0.5, "duplicate": 0.3, "scales": (1.0, 0.1, 0.01), "complement": 0.5
+                },
+            },
+        ),
         Spec("islands", f"{place}:Islands", "several populations, the best of each joining the next", ("rule",), paper),
         Spec(
             "constants", f"{place}:Evolution", "aging evolution of the start's numbers only: a control",
-            ("rule", "control"), paper, {"only_constants": True},
+            ("rule", "control"), paper, {"mutation": {"insert": 0, "delete": 0, "modify": 0, "tune": 1}},
         ),
         Spec("random", f"{place}:RandomSearch", "the start, mutated at random: a control", ("rule", "control"), paper),
         Spec(

@@ -28,7 +28,7 @@ from metaopt import registry
 from metaopt.files import write_atomic
 from metaopt.program.program import Program
 from metaopt.search import Archive, Elite
-from metaopt_symbolic.analysis import analyse, without_redundant
+from metaopt_symbolic.analysis import Analysis, analyse, live_part, without_redundant
 from metaopt_symbolic.cascade import Score
 from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, parse
@@ -248,7 +248,8 @@ class Search:
         if not math.isfinite(score.fitness):
             raise ValueError("the program to start from diverges on the tasks; choose another start or other tasks")
         start = Genomes.of([self._start])
-        self._remember(int(analyse(start).hashes[0]), fingerprint(start).hashes[0], score.fitness)
+        behaviour = fingerprint([self._start.program()]).hashes[0]
+        self._remember(int(analyse(start).hashes[0]), behaviour, score.fitness)
         self._keep([Candidate(without_redundant(self._start), score, "", 0)])
         return score.fitness
 
@@ -305,18 +306,20 @@ class Search:
         firsts = {h: k for k, h in reversed([*enumerate(hashes)]) if h not in self._fitness}
         rows = sorted(firsts.values())
         counts.by_hash += len(hashes) - len(rows)
-        self._train(children, parents, rows, hashes)
+        self._train(children, parents, rows, found)
         self._searcher.tell(children, np.array([self._fitness[h] for h in hashes]))
         if counts.generations % self.config.migrate_every == 0:
             self._migrate()
         if counts.children // WINDOW > earlier:
             self._write_row()
 
-    def _train(self, children: Genomes, parents: Genomes, rows: Sequence[int], hashes: Sequence[int]) -> None:
+    def _train(self, children: Genomes, parents: Genomes, rows: Sequence[int], analysis: Analysis) -> None:
         """Give the fitness of the children ``rows``, whose structure is new."""
-        counts = self.counts
-        prints = fingerprint(children.select(np.array(rows, np.int64)))
-        fresh: list[tuple[int, NDArray[np.uint64]]] = []
+        counts, hashes = self.counts, analysis.hashes.tolist()
+        shown = [live_part(children[k], analysis, k) for k in rows]
+        programs = [genome.program() for genome in shown]
+        prints = fingerprint(programs)
+        fresh: list[int] = []
         fresh_prints: dict[tuple[int, int], int] = {}
         same: list[tuple[int, int]] = []
         for i, k in enumerate(rows):
@@ -335,17 +338,17 @@ class Search:
                 same.append((hashes[k], fresh_prints[behaviour]))
             else:
                 fresh_prints[behaviour] = hashes[k]
-                fresh.append((k, prints.hashes[i]))
-        genomes = [without_redundant(children[k]) for k, _ in fresh]
-        scores = self._judge.scores([genome.program() for genome in genomes])
+                fresh.append(i)
+        scores = self._judge.scores([programs[i] for i in fresh])
         found = []
-        for (k, behaviour_hash), genome, score in zip(fresh, genomes, scores, strict=True):
+        for i, score in zip(fresh, scores, strict=True):
+            k = rows[i]
             counts.unique += 1
             counts.updates += score.updates
             counts.diverged += score.diverged == 1
-            self._remember(hashes[k], behaviour_hash, score.fitness)
+            self._remember(hashes[k], prints.hashes[i], score.fitness)
             if math.isfinite(score.fitness):
-                found.append(Candidate(genome, score, parents[k].digest, counts.generations))
+                found.append(Candidate(shown[i], score, parents[k].digest, counts.generations))
         for own, other in same:
             self._fitness[own] = self._fitness[other]
         self._keep(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,12 +58,13 @@ class Evolution:
         population: members.
         tournament: members that compete to be a parent.
         patience: candidates without improvement before a restart; 0: never.
-        mutation: how children differ from parents; by default, all three of the paper's.
-        only_constants: the control that searches hyperparameters of the start only.
+        parsimony: fitness that a statement costs in tournaments; what gains less than it counts as no improvement.
         functions: ``"paper"`` or ``"all"``, what inserted statements may call.
+        mutation: the other settings of `Mutation`, by name; what is not named is as in the paper.
 
     Raises:
-        ValueError: a population below 2, a tournament outside [1, population], a negative patience.
+        ValueError: a population below 2, a tournament outside [1, population], a negative patience or parsimony, or settings
+            that `Mutation` has not.
     """
 
     def __init__(
@@ -70,20 +72,23 @@ class Evolution:
         population: int = 1000,
         tournament: int = 2,
         patience: int = 0,
-        only_constants: bool = False,
+        parsimony: float = 0.0,
         functions: str = "paper",
-        mutation: Mutation | None = None,
+        mutation: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        if population < 2 or not 1 <= tournament <= population or patience < 0:
+        if population < 2 or not 1 <= tournament <= population or patience < 0 or parsimony < 0:
             raise ValueError(
-                f"population must be at least 2, tournament in [1, population] and patience at least 0, got {population}, "
-                f"{tournament} and {patience}"
+                f"population must be at least 2, tournament in [1, population], patience and parsimony at least 0, "
+                f"got {population}, {tournament}, {patience} and {parsimony}"
             )
         if functions not in ("paper", "all"):
             raise ValueError(f"functions must be paper or all, got {functions!r}")
         table = PAPER if functions == "paper" else FUNCTIONS
-        self._size, self._tournament, self._patience = population, tournament, patience
-        self._mutation = mutation or Mutation(functions=tuple(table), only_constants=only_constants)
+        known = {f.name for f in dataclasses.fields(Mutation)} - {"functions"}
+        if unknown := set(mutation) - known:
+            raise ValueError(f"mutation has the settings {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
+        self._size, self._tournament, self._patience, self._parsimony = population, tournament, patience, parsimony
+        self._mutation = Mutation(functions=tuple(table), **mutation)
 
     def begin(self, start: Genome, fitness: float) -> None:
         """See `Searcher.begin`."""
@@ -103,7 +108,8 @@ class Evolution:
                 f"a population of {self._size} can be asked for at most {self._size // 2} children, got {count}"
             )
         drawn = generator.integers(self._size, size=(count, self._tournament))
-        chosen = drawn[np.arange(count), self._fitness[drawn].argmax(1)]
+        merit = self._fitness - self._parsimony * self._members.lengths
+        chosen = drawn[np.arange(count), merit[drawn].argmax(1)]
         parents = self._members.select(chosen)
         return self._mutation.children(parents, generator), parents
 
@@ -116,8 +122,10 @@ class Evolution:
         self._waited += len(fitness)
         k = int(fitness.argmax())
         if fitness[k] > self._best[1]:
-            self._best, self._waited = (candidates.select(np.array([k])), float(fitness[k])), 0
-        elif self._patience and self._waited >= self._patience:
+            if fitness[k] > self._best[1] + self._parsimony:
+                self._waited = 0
+            self._best = candidates.select(np.array([k])), float(fitness[k])
+        if self._patience and self._waited >= self._patience:
             self._restarts, self._waited = self._restarts + 1, 0
             self._fill(*(self._best if self._restarts % 2 else self._start))
 

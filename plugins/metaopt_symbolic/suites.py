@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from metaopt import registry
@@ -59,31 +60,43 @@ def tasks_of(suite: str, wider: int = 1) -> dict[str, Task]:
 
 
 def search_tasks(text: str) -> dict[str, Task]:
-    """The tasks that ``text`` names: a suite of this module, or registered tasks and ``suite:NAME`` with commas between them.
+    """The tasks that ``text`` names: suites of this module, registered tasks and ``suite:NAME``, with commas between them.
 
     Raises:
         ValueError: nothing of that name, a task of the held-out suite, or a family of tasks.
     """
-    if text in SUITES:
-        return tasks_of(text)
-    names = listed(text.split(","))
-    refuse_held_out(names, "a search")
-    made = {}
-    for name in names:
-        task = registry.create("task", name)
-        if not isinstance(task, Task):
-            raise ValueError(f"{name} is a family of tasks; a search takes tasks (metaopt list tasks)")
-        made[name] = task
+    parts = _parts(text)
+    refuse_held_out(parts, "a search")
+    made: dict[str, Task] = {}
+    for part in parts:
+        made |= tasks_of(part) if part in SUITES else {part: _registered(part)}
     if not made:
         raise ValueError("a search needs at least one task, got none")
     return made
 
 
+def _parts(text: str) -> list[str]:
+    """Suites of this module and names of tasks."""
+    parts: list[str] = []
+    for part in map(str.strip, text.split(",")):
+        parts += [part] if part in SUITES else listed([part])
+    return parts
+
+
+def _registered(name: str) -> Task:
+    close = difflib.get_close_matches(name, SUITES, 1)
+    if close and name not in registry.specs("task"):
+        raise ValueError(f"no suite of a search and no task is called {name!r}; did you mean {close[0]!r}?")
+    task = registry.create("task", name)
+    if not isinstance(task, Task):
+        raise ValueError(f"{name} is a family of tasks; a search takes tasks (metaopt list tasks)")
+    return task
+
+
 def task_choices(text: str) -> list[dict[str, Any]]:
     """What the tasks of `search_tasks` are made of: ``name`` of the registered task, and ``options``."""
-    if text not in SUITES:
-        return [{"name": name, "options": {}} for name in listed(text.split(","))]
     return [
         {"name": declared["task"], "options": {key: value for key, value in declared.items() if key != "task"}}
-        for declared in SUITES[text].values()
+        for part in _parts(text)
+        for declared in SUITES.get(part, {part: {"task": part}}).values()
     ]

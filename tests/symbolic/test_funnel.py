@@ -116,8 +116,10 @@ def test_gates_are_wider_than_the_search_and_of_valid_only() -> None:
     assert all(sum(task.hidden) == 3 * sum(searched[name].hidden) for name, task in first.tasks.items())
     specs = registry.specs("task")
     assert len(second.tasks) >= 8 and {specs[name].facts["suite"] for name in second.tasks} == {"valid"}
-    with pytest.raises(ValueError, match="no suite of a search is called 'test'"):
-        usual_gates("test")
+    with pytest.raises(
+        ValueError, match=r"a search on one suite \(search, sign\), this one was on 'search,digits_mlp'"
+    ):
+        usual_gates("search,digits_mlp")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

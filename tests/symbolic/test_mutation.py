@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from metaopt_symbolic.population import CONSTANT, Genomes, Variables
 INSERT = Mutation(insert=1, delete=0, modify=0)
 DELETE = Mutation(insert=0, delete=1, modify=0)
 MODIFY = Mutation(insert=0, delete=0, modify=1)
-CONSTANTS = Mutation(only_constants=True)
+CONSTANTS = Mutation(insert=0, delete=0, modify=0, tune=1)
 
 
 def children(mutation: Mutation, parents: Genomes, seed: int = 0) -> Genomes:
@@ -201,3 +202,73 @@ def test_settings_out_of_range_are_refused() -> None:
         Mutation(constant=2)
     with pytest.raises(ValueError, match=r"functions must be some of get_pi.*got \['lgamma'\]"):
         Mutation(functions=("lgamma", "add"))
+    with pytest.raises(ValueError, match=r"splice is a probability in \[0, 1\], got 1.5"):
+        Mutation(splice=1.5)
+    with pytest.raises(ValueError, match="scales must be numbers above 0"):
+        Mutation(scales=(1.0, 0.0))
+
+
+# -- what the paper has not ----------------------------------------------------------------------------------------------
+
+
+def rewired(parent: Genome, child: Genome) -> tuple[int, Assign, bool]:
+    """Where a statement was inserted, which, and whether the one after it reads its value instead of what it read."""
+    for k, inserted in enumerate(child.body):
+        (before, old, after), (same, new, left) = (
+            (b[:at], b[at : at + 1], b[at + 1 :]) for b, at in ((parent.body, k), (child.body, k + 1))
+        )
+        if before == same[:k] and after == left and [a[:2] for a in old] == [a[:2] for a in new]:
+            return k, inserted, old != new
+    raise AssertionError("more than a statement and an argument differ")
+
+
+def test_a_spliced_statement_stands_in_the_flow() -> None:
+    parents = Genomes.of([ADAMW] * 1000)
+    found = children(replace(INSERT, splice=1.0), parents)
+    in_flow = 0
+    for parent, child in pairs(parents, found):
+        k, inserted, spliced = rewired(parent, child)
+        if not spliced:
+            # of no arguments, or the last one
+            assert not inserted.args or k == len(parent.body)
+            continue
+        in_flow += 1
+        ((old, new),) = [
+            pair for pair in zip(parent.body[k].args, child.body[k + 1].args, strict=True) if pair[0] != pair[1]
+        ]
+        assert new == inserted.target not in {a.target for a in parent.body}
+        assert old in inserted.args
+    assert in_flow > 650
+    assert valid(found).all()
+
+
+def test_a_duplicate_says_what_the_program_says() -> None:
+    parents = Genomes.of([ADAMW] * 300)
+    said = {a[1:] for a in ADAMW.body}
+    for mutation in (replace(INSERT, duplicate=1.0), replace(INSERT, duplicate=1.0, splice=1.0)):
+        found = children(mutation, parents)
+        copies = [rewired(parent, child)[1] for parent, child in pairs(parents, found)]
+        assert {a[1:] for a in copies} == said
+        assert valid(found).all()
+    read = [spliced for _, _, spliced in map(rewired, *zip(*pairs(parents, found), strict=True))]
+    assert np.mean(read) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("settings", "low", "high", "share"),
+    [
+        # of 0.9 times 2^a, that is of a, and of those drawn afresh from N(0, 1)
+        ({}, 0.8, 0.95, (0.0987 + 0.0408) / 2),
+        ({"complement": 1.0}, 0.8, 0.95, (0.6827 + 0.0408) / 2),
+        ({"scales": (0.01,)}, 0.88, 0.92, (0.9985 + 0.0106) / 2),
+        ({"scales": (0.01, 1.0)}, 0.88, 0.92, ((0.9985 + 0.0256) / 2 + 0.0106) / 2),
+    ],
+)
+def test_tuning_changes_constants_alone(settings: dict[str, Any], low: float, high: float, share: float) -> None:
+    parents = Genomes.of([ADAMW] * 8000)
+    found = children(replace(CONSTANTS, **settings), parents)
+    np.testing.assert_array_equal(found.args, parents.args)
+    decays = found.constants[:, 1, 2]
+    moved = decays[decays != 0.9]
+    assert len(moved) == pytest.approx(2000, rel=0.1)  # one of four constants
+    assert np.mean((moved > low) & (moved < high)) == pytest.approx(share, abs=0.035)  # three standard errors
