@@ -79,9 +79,12 @@ class Archive:
         kept = self._study.user_attrs.get("settings", asked)
         for key in {*asked, *kept}:
             if asked.get(key) != kept.get(key):
+                found = f"{key}={kept.get(key)!r}, not {asked.get(key)!r}"
+                if "\\n" in found:  # a program: too long for a message
+                    found = f"another {key}"
                 raise ValueError(
-                    f"{storage or directory} holds a search with {key}={_shown(kept.get(key))}, not "
-                    f"{_shown(asked.get(key))}; give the same settings to go on with it, or choose another directory"
+                    f"{storage or directory} holds a search with {found}; "
+                    f"give the same settings to go on with it, or choose another directory"
                 )
         if "settings" not in self._study.user_attrs:
             self._study.set_user_attr("settings", asked)
@@ -115,8 +118,3 @@ class Archive:
             if trial.values and "digest" in trial.user_attrs
         ]
         return sorted(found, key=lambda elite: elite.score)
-
-
-def _shown(value: Any) -> str:
-    """Programs as their lines."""
-    return f"\n{value}" if isinstance(value, str) and "\n" in value else repr(value)
