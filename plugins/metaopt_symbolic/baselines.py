@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from rich.console import Console
 
 from metaopt import registry
 from metaopt.files import write_atomic
 from metaopt.task import Task
 from metaopt_symbolic.cascade import Cascade, Stage
 from metaopt_symbolic.genome import Genome, from_rule, parse
-from metaopt_symbolic.search import Candidate
+from metaopt_symbolic.search import Budget, Candidate, Search, SearchConfig
 
 SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "adamw": {"betas": ((0.9, 0.999), (0.9, 0.99), (0.8, 0.9)), "weight_decay": (0.0, 0.3, 1.0)},
@@ -54,20 +57,39 @@ def baselines(tasks: Mapping[str, Task], stage: Stage) -> dict[str, Candidate]:
 START_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 NUMBER_FACTORS = (0.1, 0.3, 0.5, 2.0, 3.0, 10.0)
 ROUNDS = 10
+NUMBER_CANDIDATES = 1500
+"""How many each search over numbers trains."""
+
+_TUNING_SEEDS = (1000, 1001, 1002, 1003)
+"""Of searches over numbers; other searches have small seeds."""
 
 
-def tuned_start(text: str, tasks: Mapping[str, Task], stage: Stage) -> str:
-    """The program ``text`` with numbers that suit the runs of ``stage``: first its learning rate, then one number at a time.
+def tuned_start(text: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
+    """The program ``text`` with numbers that suit the runs of ``stages``.
 
-    Else a search would first find what tuning finds: steps of the right length, and weight decay.
+    Else a search would first find what tuning finds, and what is ahead of the start would be better tuned, not a better rule.
+    Its learning rate is tuned first, then one number at a time; where that comes to a halt, four searches over all numbers go
+    on, of which some find a better place: learning rate, decays and weight decay go together.
     """
-    best = tuned([parse(text)], tasks, stage, START_FACTORS)
+    best = tuned([parse(text)], tasks, stages[-1], START_FACTORS)
     for _ in range(ROUNDS):
-        found = tuned([*_neighbours(best.genome)], tasks, stage, (1.0,))
+        found = tuned([*_neighbours(best.genome)], tasks, stages[-1], (1.0,))
         if found.score.fitness <= best.score.fitness:
             break
         best = found
-    return best.genome.text()
+    start = best.genome.text()
+    if not any(isinstance(arg, float) for a in best.genome.body for arg in a.args):
+        return start
+    champions = []
+    for seed in _TUNING_SEEDS:
+        config = SearchConfig(
+            start, "constants", options={"population": 200, "tournament": 10}, batch=100, seed=seed
+        )  # fmt: skip
+        with TemporaryDirectory() as directory:
+            search = Search(config, Cascade(tasks, stages), directory)
+            search.run(Budget(unique=NUMBER_CANDIDATES))
+            champions.append(search.champion)
+    return max(champions, key=lambda champion: champion.score.fitness).tuned.text()
 
 
 def _neighbours(genome: Genome) -> Iterator[Genome]:
@@ -110,15 +132,18 @@ class Tuned:
         write_atomic(directory / TUNED_FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
-def tuned_for(directory: Path, asked: str, judge: str, tasks: Mapping[str, Task], stage: Stage) -> Tuned:
+def tuned_for(
+    directory: Path, asked: str, judge: str, tasks: Mapping[str, Task], stages: Sequence[Stage], console: Console
+) -> Tuned:
     """What is kept in ``directory``, and if there is nothing, what tuning finds, which takes seconds to minutes.
 
     Raises:
         ValueError: what is kept there is of another start, or of other tasks.
     """
     if not (directory / TUNED_FILE).is_file():
-        references = {name: found.score.fitness for name, found in baselines(tasks, stage).items()}
-        return Tuned(asked, judge, tuned_start(asked, tasks, stage), references)
+        with console.status("tuning AdamW, Lion and the start for these tasks, some minutes"):
+            references = {name: found.score.fitness for name, found in baselines(tasks, stages[-1]).items()}
+            return Tuned(asked, judge, tuned_start(asked, tasks, stages), references)
     kept = Tuned(**json.loads((directory / TUNED_FILE).read_text()))
     if kept.asked != asked:
         raise ValueError(

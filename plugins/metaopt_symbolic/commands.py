@@ -63,14 +63,14 @@ def rule(
     from metaopt_symbolic.start import start_text
     from metaopt_symbolic.suites import search_tasks
 
+    console = Console(stderr=True)
     spent = Budget.of(budget)
     used = search_tasks(tasks)
     stages = usual_stages(list(used))
     judge = report.describe(tasks, used, stages)
-    tuned = tuned_for(out, start_text(start), judge, used, stages[-1])
+    tuned = tuned_for(out, start_text(start), judge, used, stages, console)
     references = tuned.references
     config = SearchConfig(tuned.start, searcher, parse_settings(settings), judge, seed=seed)
-    console = Console(stderr=True)
     search = Search(config, Cascade(used, stages), out, storage, worker)
     tuned.save(out)
     if spent.is_spent(search.counts):

@@ -65,7 +65,7 @@ def test_a_start_and_baselines_are_the_best_of_what_was_tried() -> None:
     def fitness(text: str) -> float:
         return judge.scores([parse(text).program()])[0].fitness
 
-    start = tuned_start(SEEDS["lion"], tasks, stage)
+    start = tuned_start(SEEDS["lion"], tasks, [stage])
     others = [parse(SEEDS["lion"]).scaled(f).text() for f in (0.1, 1.0, 10.0, 100.0)]
     assert fitness(start) >= max(map(fitness, others)) > fitness(SEEDS["lion"]) - 1e-6
     found = baselines(tasks, stage)
