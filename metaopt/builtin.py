@@ -1,4 +1,4 @@
-"""The engine's own plugin: unroll back-ends, episode lengths, curricula, the torch exporter, and two losses."""
+"""The engine's own plugin: unroll back-ends, episode lengths, curricula and the torch exporter."""
 
 from __future__ import annotations
 
@@ -55,12 +55,3 @@ def metaopt_curricula() -> list[Spec]:
 def metaopt_exporters() -> list[Spec]:
     """One file that needs only torch."""
     return [Spec("torch", "metaopt.export:write_module", "a Python file with one torch.optim.Optimizer class")]
-
-
-@hookimpl
-def metaopt_objectives() -> list[Spec]:
-    """Losses per example: nothing is averaged."""
-    return [
-        Spec("cross_entropy", "torch.nn:CrossEntropyLoss", "of logits and classes", defaults={"reduction": "none"}),
-        Spec("mse", "torch.nn:MSELoss", "squared error, entry by entry", defaults={"reduction": "none"}),
-    ]

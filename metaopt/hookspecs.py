@@ -64,8 +64,7 @@ def metaopt_data_sources() -> list[Spec]:  # type: ignore[empty-body]
 
 @hookspec
 def metaopt_objectives() -> list[Spec]:  # type: ignore[empty-body]
-    """Losses: factories give ``loss(prediction, target) -> per-example loss``; tagged ``preference``, ``loss(rho)`` of the
-    log-ratio of policy and reference."""
+    """Losses: factories give a `metaopt.objective.Objective`; the first tag is its kind."""
 
 
 @hookspec

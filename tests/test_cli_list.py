@@ -65,7 +65,7 @@ def test_plugins_tells_where_each_came_from(capsys):
     assert code == 0
     assert rows["classic"]["distribution"] == "torch-metaopt" and rows["classic"]["where"].endswith("plugin.py")
     _, out, _ = run(capsys, "plugins")
-    assert "torch-metaopt" in out and "2 objectives" in out
+    assert "torch-metaopt" in out and "3 truncations" in out
 
 
 def test_broken_plugins_and_clashes_are_told_on_stderr(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""A Program: one update rule as straight-line statements over scalars and tensor elements."""
+"""A Program: an update rule, or a loss, as straight-line statements over scalars and tensor elements."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Program:
     """Statements in single-assignment form.
 
     Attributes:
-        scalars: names of the hyperparameters (tuples flattened: ``beta1``) and ``t``.
-        tensors: ``param``, ``grad``, then the state slots.
+        scalars: names of the hyperparameters (tuples flattened: ``beta1``), and of a rule ``t``.
+        tensors: of a rule ``param``, ``grad``, then the state slots; of a loss its inputs, which have a value per example.
         statements: in order of execution, each target assigned once.
-        outputs: what the parameter and each slot become, in the order ``param, *slots``.
+        outputs: of a rule what the parameter and each slot become, in the order ``param, *slots``; of a loss, the loss.
 
     Raises:
         ValueError: an unknown op, a wrong number of arguments, a name used before it is assigned, or a reduction of what is
@@ -58,10 +58,9 @@ class Program:
                 raise ValueError(f"{s.target!r} must be a new identifier; every statement assigns a name once")
             self._require(known, s.args)
             known.add(s.target)
-        if len(self.outputs) != len(self.tensors) - 1:
-            raise ValueError(
-                f"a program over {self.tensors} has {len(self.tensors) - 1} outputs, got {len(self.outputs)}"
-            )
+        expected = len(self.tensors) - 1 if self.is_rule else 1
+        if not self.tensors or len(self.outputs) != expected:
+            raise ValueError(f"a program over {self.tensors} has {expected} outputs, got {len(self.outputs)}")
         self._require(known, self.outputs)
         for s in self.statements:
             if s.op in REDUCTIONS and s.args[0] not in self.element_names:
@@ -75,6 +74,11 @@ class Program:
         for arg in args:
             if isinstance(arg, str) and arg not in known:
                 raise ValueError(f"{arg!r} is used before it is assigned")
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether it is an update rule, or else a loss."""
+        return self.tensors[:2] == ("param", "grad")
 
     @cached_property
     def scalar_names(self) -> frozenset[str]:
@@ -171,7 +175,7 @@ def evaluate(program: Program, tensors: Mapping[str, Tensor], scalars: Mapping[s
         scalars: a float or 0-d tensor per name in ``program.scalars``.
 
     Returns:
-        The new parameter and slots, in the tensors' dtype.
+        The new parameter and slots, or the loss, in the tensors' dtype.
     """
     return evaluate_tree(program, [tensors], scalars)[0]
 
@@ -189,7 +193,8 @@ def evaluate_tree(
     Returns:
         Per parameter the new parameter and slots.
     """
-    dtype = tree[0]["param"].dtype
+    first = program.tensors[0]
+    dtype = tree[0][first].dtype
     numbers = {
         name: value.to(dtype) if isinstance(value, Tensor) else value
         for name, value in program.scalar_values(scalars).items()
@@ -197,7 +202,7 @@ def evaluate_tree(
     leaves: list[dict[str, Any]] = [{name: leaf[name] for name in program.tensors} | numbers for leaf in tree]
     for s in program.kernel:
         if s.op in REDUCTIONS:
-            reduced = _reduce(s, leaves)
+            reduced = _reduce(s, leaves, dtype)
             for values, number in zip(leaves, reduced, strict=True):
                 values[s.target] = number
             continue
@@ -206,14 +211,14 @@ def evaluate_tree(
             value = OPS[s.op].plain(*_operands(s.op, args, dtype))
             values[s.target] = value.to(dtype) if s.op == "where" else value
     return [
-        [_as_tensor(values[out] if isinstance(out, str) else out, values["param"]) for out in program.outputs]
+        [_as_tensor(values[out] if isinstance(out, str) else out, values[first]) for out in program.outputs]
         for values in leaves
     ]
 
 
-def _reduce(s: Statement, leaves: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+def _reduce(s: Statement, leaves: Sequence[Mapping[str, Any]], dtype: torch.dtype) -> list[Tensor]:
     """The number that each tensor of the tree gets."""
-    reduction, dtype = REDUCTIONS[s.op], leaves[0]["param"].dtype
+    reduction = REDUCTIONS[s.op]
     columns = [values[str(s.args[0])].to(dtype) for values in leaves]
     sums, counts = [reduction.part(column).sum() for column in columns], [column.numel() for column in columns]
     if reduction.over == "tree":

@@ -73,6 +73,7 @@ class Writer:
 
     def __init__(self, program: Program, *, scalar: bool | None, guarded: Collection[str] = ()) -> None:
         self.program = program
+        self.like = program.tensors[0]  # whose shape and dtype the outputs have
         self.scalar = scalar
         self.guarded = guarded
         self.uses = Counter(arg for s in program.statements for arg in s.args) + Counter(program.outputs)
@@ -92,9 +93,9 @@ class Writer:
     def output(self, out: Arg) -> str:
         """An output that shares no memory with the inputs."""
         if self.is_scalar(out):
-            return f"torch.full_like(param, {self.text(out, 0)})"
+            return f"torch.full_like({self.like}, {self.text(out, 0)})"
         if out not in self.program.element_names:
-            return f"torch.zeros_like(param) + {self.number(out, 6)}"
+            return f"torch.zeros_like({self.like}) + {self.number(out, 6)}"
         made = self.by_name.get(str(out))
         if made is not None and made.op == "where" and self.is_scalar(made.args[0]):
             return f"({self.text(out, 0)}).clone()"  # a branch may be an input
@@ -146,13 +147,15 @@ class Writer:
             yes, no = (_floating(b, 0) if isinstance(b, float) else self.text(b, 2 - i) for i, b in enumerate(branches))
             return f"{yes} if {self.test(condition)} else {no}", 1
         if self.is_scalar(condition):
-            full = "torch.full_like(param, {})"
-            yes, no = (full.format(self.text(b, 0)) if self.is_scalar(b) else self.number(b, 2) for b in branches)
+            yes, no = (
+                f"torch.full_like({self.like}, {self.text(b, 0)})" if self.is_scalar(b) else self.number(b, 2)
+                for b in branches
+            )
             return f"{yes} if {self.test(condition)} else {no}", 1
         test = self.text(condition, 0) if self.is_mask(condition) else f"{self.text(condition, 5)} != 0"
         yes, no = (self.number(branch, 0) for branch in branches)
         if self.is_scalar(branches[0]) and self.is_scalar(branches[1]):
-            yes = f"torch.full_like(param, {yes})"  # of two floats torch would make a float32
+            yes = f"torch.full_like({self.like}, {yes})"  # of two floats torch would make a float32
         return f"torch.where({test}, {yes}, {no})", 9
 
     def test(self, condition: Arg) -> str:
@@ -165,7 +168,7 @@ class Writer:
 
     def number(self, arg: Arg, minimum: int) -> str:
         """The text of an operand; a comparison of tensors counts as 1 or 0."""
-        return f"{self.text(arg, 9)}.to(param.dtype)" if self.is_mask(arg) else self.text(arg, minimum)
+        return f"{self.text(arg, 9)}.to({self.like}.dtype)" if self.is_mask(arg) else self.text(arg, minimum)
 
     def text(self, arg: Arg, minimum: int) -> str:
         if isinstance(arg, float):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain, count
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Never
 
 import torch
 
+from metaopt.objective import Objective
 from metaopt.program.ops import OPS, REDUCTIONS
 from metaopt.program.program import Arg, Program, Statement
-from metaopt.rule import ElementwiseRule, flat_hp
+from metaopt.rule import Declared, ElementwiseRule, HyperValues, flat_hp
 from metaopt.space import Hyper, declarations
 
 
@@ -32,7 +34,8 @@ _REDUCTION_NAMES = {
     "mean": "mean", "norm": "norm", "linalg_vector_norm": "norm", "global_sum": "global_sum", "global_norm": "global_norm"
 }  # fmt: skip
 _ARITIES = {
-    "square": 1, "reciprocal": 1, "rsqrt": 1, "lerp": 3, "addcmul": 3, "addcdiv": 3, "zeros_like": 1, "ones_like": 1
+    "square": 1, "reciprocal": 1, "rsqrt": 1, "lerp": 3, "addcmul": 3, "addcdiv": 3, "zeros_like": 1, "ones_like": 1,
+    "relu": 1, "sigmoid": 1, "softplus": 1, "logsigmoid": 1, "log_sigmoid": 1,
 }  # fmt: skip
 _KEYWORDS = {
     "clamp": ("min", "max"), "clip": ("min", "max"), "addcmul": ("value",), "addcdiv": ("value",),
@@ -189,6 +192,8 @@ class Tracer:
         if name in ("zeros_like", "ones_like"):
             ones = self.emit("pow", args[0], 0.0)  # also where it is NaN
             return ones if name == "ones_like" else self.emit("mul", 0.0, ones)
+        if name in ("relu", "sigmoid", "softplus", "logsigmoid", "log_sigmoid"):
+            return self._activation(name, args[0])
         if name in _REDUCTION_NAMES:
             return self._reduction(name, args, kwargs)
         if name not in _TORCH_NAMES:
@@ -199,6 +204,17 @@ class Tracer:
         if "alpha" in kwargs:
             return self.emit(op, args[0], self.emit("mul", kwargs["alpha"], args[1]))
         return self.emit(op, *args)
+
+    def _activation(self, name: str, x: Any) -> Symbol:
+        """In forms whose values and derivatives are finite for every finite x, and right at 0."""
+        if name == "relu":  # of derivative 0 at 0, as torch has it
+            return self.emit("where", self.emit("le", x, 0.0), 0.0, x)
+        tail = self.emit("add", 1.0, self.emit("exp", self.emit("neg", self.emit("abs", x))))  # 1 + e^-|x|
+        if name == "sigmoid":
+            return self.emit("div", self.emit("exp", self.emit("minimum", x, 0.0)), tail)
+        if name == "softplus":
+            return self.emit("add", self.emit("maximum", x, 0.0), self.emit("log", tail))
+        return self.emit("sub", self.emit("minimum", x, 0.0), self.emit("log", tail))
 
     def _reduction(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
         harmless = _SAYING_NOTHING.get(name, {})
@@ -220,7 +236,7 @@ def _outside(name: str) -> TraceError:
 class _OptionsOnly:
     """``self`` while tracing: options and helper methods may be read, hyperparameters may not."""
 
-    def __init__(self, rule: ElementwiseRule) -> None:
+    def __init__(self, rule: Declared) -> None:
         object.__setattr__(self, "_rule", rule)
 
     def __getattr__(self, name: str) -> Any:
@@ -265,28 +281,15 @@ def trace(rule: ElementwiseRule) -> Program:
         TraceError: the text leaves the expression language (names the line, the offence and the way out).
     """
     cls, self = type(rule), _OptionsOnly(rule)
-    structure = {
-        name: tuple(f"{name.removesuffix('s')}{i + 1}" for i in range(len(value))) if isinstance(value, tuple) else name
-        for name, value in rule.hp.items()
-    }
+    structure = _structure(rule.hp)
     scalars = (*flat_hp(structure).values(), "t")
     tensors = ("param", "grad", *_checked_slots(rule, scalars))
     tracer = Tracer({*scalars, *tensors})
-
-    def symbols(names: Any) -> Any:
-        return tuple(Symbol(tracer, n) for n in names) if isinstance(names, tuple) else Symbol(tracer, names)
-
     arguments = [Symbol(tracer, name) for name in tensors]
-    try:
-        coefficients = cls.coefficients(self, {k: symbols(v) for k, v in structure.items()}, Symbol(tracer, "t"))  # type: ignore[arg-type]
+    with _Places(cls.__name__):
+        coefficients = cls.coefficients(self, _symbols(tracer, structure), Symbol(tracer, "t"))  # type: ignore[arg-type]
         with _LocalNames(cls.elementwise) as names:
             outputs = cls.elementwise(self, *arguments, **coefficients)  # type: ignore[arg-type]
-    except TraceError as error:
-        at = error.__traceback__ and error.__traceback__.tb_next
-        if at is not None:  # the frame of the rule's own method
-            place = f"line {at.tb_lineno} of {Path(at.tb_frame.f_code.co_filename).name}"
-            error.args = (f"{cls.__name__}, {place}: {error}",)
-        raise
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if len(outputs) != 1 + len(rule.slots):
         expected = ", ".join(["new_param", *(f"new_{slot}" for slot in rule.slots)])
@@ -294,6 +297,57 @@ def trace(rule: ElementwiseRule) -> Program:
     program = Program(scalars, tensors, tuple(tracer.statements), tuple(tracer.arg(o) for o in outputs))
     chosen = {s._name: name for name, s in coefficients.items() if isinstance(s, Symbol)}
     return renamed(without_dead(program), {**names.found, **chosen})
+
+
+def trace_objective(objective: Objective) -> Program:
+    """The program of an objective whose text is of this language; prefer ``objective.program``, which keeps it.
+
+    Raises:
+        TraceError: the text leaves the expression language, as does what depends on other examples otherwise than by ``mean()``
+            and ``norm()``, or it gives more than one value.
+    """
+    cls, structure = type(objective), _structure(objective.hp)
+    scalars = (*flat_hp(structure).values(),)
+    tracer = Tracer({*scalars, *objective.inputs})
+    arguments = [Symbol(tracer, name) for name in objective.inputs]
+    with _Places(cls.__name__), _LocalNames(cls.loss) as names:
+        loss = cls.loss(_OptionsOnly(objective), *arguments, **_symbols(tracer, structure))  # type: ignore[arg-type]
+    if isinstance(loss, tuple):
+        raise TraceError(f"{cls.__name__}.loss must return one value per example, got {len(loss)} values")
+    program = Program(scalars, objective.inputs, tuple(tracer.statements), (tracer.arg(loss),))
+    return renamed(without_dead(program), names.found)
+
+
+def _structure(hp: HyperValues) -> dict[str, Any]:
+    """Hyperparameter -> the names of its numbers in programs."""
+    return {
+        name: tuple(f"{name.removesuffix('s')}{i + 1}" for i in range(len(value))) if isinstance(value, tuple) else name
+        for name, value in hp.items()
+    }
+
+
+def _symbols(tracer: Tracer, structure: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(Symbol(tracer, n) for n in names) if isinstance(names, tuple) else Symbol(tracer, names)
+        for name, names in structure.items()
+    }
+
+
+class _Places:
+    """Adds to a `TraceError` which line of the user's method it came from."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, at: TracebackType | None) -> None:
+        if (
+            isinstance(error, TraceError) and at is not None and at.tb_next is not None
+        ):  # the frame of the user's method
+            place = f"line {at.tb_next.tb_lineno} of {Path(at.tb_next.tb_frame.f_code.co_filename).name}"
+            error.args = (f"{self._owner}, {place}: {error}",)
 
 
 def _checked_slots(rule: ElementwiseRule, scalars: tuple[str, ...]) -> tuple[str, ...]:

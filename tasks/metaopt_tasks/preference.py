@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from metaopt import registry
+from metaopt.objective import LOG_PROBABILITIES, Objective
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch
 from metaopt_tasks.choices import require_choice
@@ -18,66 +18,7 @@ from metaopt_tasks.data.load import load
 from metaopt_tasks.layers import ACTIVATIONS, mlp, mlp_params
 from metaopt_tasks.scales import ScaledTask
 
-Objective = Callable[[Tensor], Tensor]
-"""rho [B] -> loss of each pair [B]; rho is how much more the policy than its reference favours the chosen answer, in nats."""
-
-
-@dataclass(frozen=True)
-class DPO:
-    """-log sigmoid(beta rho) (Rafailov et al. 2023, arXiv:2305.18290)."""
-
-    beta: float = 0.5
-
-    def __call__(self, rho: Tensor) -> Tensor:
-        """Rho [B] -> [B]."""
-        return -F.logsigmoid(self.beta * rho)
-
-
-@dataclass(frozen=True)
-class IPO:
-    """(rho - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036)."""
-
-    beta: float = 0.5
-
-    def __call__(self, rho: Tensor) -> Tensor:
-        """Rho [B] -> [B]."""
-        return (rho - 1 / (2 * self.beta)).square()
-
-
-@dataclass(frozen=True)
-class SLiC:
-    """max(0, 1 - beta rho): the hinge loss (Zhao et al. 2023, arXiv:2305.10425)."""
-
-    beta: float = 0.5
-
-    def __call__(self, rho: Tensor) -> Tensor:
-        """Rho [B] -> [B]."""
-        return torch.relu(1 - self.beta * rho)
-
-
-@dataclass(frozen=True)
-class Exponential:
-    """exp(-beta rho), AdaBoost's loss (Tang et al. 2024, arXiv:2402.05749)."""
-
-    beta: float = 0.5
-
-    def __call__(self, rho: Tensor) -> Tensor:
-        """Rho [B] -> [B]."""
-        return torch.exp(-self.beta * rho)
-
-
-@dataclass(frozen=True)
-class LogRatioModulated:
-    """(1 - s) DPO + s exp(-z), z = beta rho, s = sigmoid(z / tau): DiscoPOP (Lu et al. 2024, arXiv:2406.08414)."""
-
-    beta: float = 0.5
-    tau: float = 0.05
-
-    def __call__(self, rho: Tensor) -> Tensor:
-        """Rho [B] -> [B]."""
-        z = self.beta * rho
-        # s exp(-z) as one exponential: for very negative z it is 0 times infinity otherwise
-        return -torch.sigmoid(-z / self.tau) * F.logsigmoid(z) + torch.exp(F.logsigmoid(z / self.tau) - z)
+_LENGTHS = ("chosen_lengths", "rejected_lengths")
 
 
 @dataclass(eq=False)
@@ -90,16 +31,21 @@ class PreferencePolicy(ScaledTask):
     Attributes:
         hidden: widths of f; empty for a linear one.
         activation: a name in `metaopt_tasks.layers.ACTIVATIONS`.
-        objective: the loss of a pair as a function of rho = log pi/reference of the chosen answer, minus the same of
-            the rejected one.
+        objective: the loss of a pair, of kind ``preference``. Answers are one token long; scores it may not read.
     """
 
     hidden: tuple[int, ...] = ()
     activation: str = "tanh"
-    objective: Objective = DPO()
+    objective: Objective = field(kw_only=True)
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, ACTIVATIONS)
+        unknown = set(self.objective.inputs) - {*LOG_PROBABILITIES, *_LENGTHS}
+        if unknown:
+            raise ValueError(
+                f"{self.objective.label()} reads {', '.join(sorted(unknown))}, which this task has not; it has "
+                f"{', '.join([*LOG_PROBABILITIES, *_LENGTHS])}"
+            )
 
     def init(self, generator: Generator) -> Params:
         """LeCun or He normal weights by activation, a small head, zero biases."""
@@ -120,10 +66,12 @@ class PreferencePolicy(ScaledTask):
         """The mean objective of the pairs; the hidden reward takes no part."""
         inputs = torch.cat([batch["input"], batch["rejected_input"]])
         reference = torch.cat([batch["reference"], batch["rejected_reference"]])
-        ratios = self.log_policy(params, inputs, reference) - reference
-        answers = torch.cat([batch["chosen"], batch["rejected"]])
-        chosen, rejected = ratios.gather(1, answers[:, None]).squeeze(1).chunk(2)
-        return self.objective(chosen - rejected).mean(), buffers
+        answers = torch.cat([batch["chosen"], batch["rejected"]])[:, None]
+        tables = self.log_policy(params, inputs, reference), reference
+        columns = [column for table in tables for column in table.gather(1, answers).squeeze(1).chunk(2)]
+        pairs = dict(zip(LOG_PROBABILITIES, columns, strict=True))
+        lengths = dict.fromkeys(_LENGTHS, torch.ones_like(columns[0]))
+        return self.objective(pairs | lengths).mean(), buffers
 
     def info(self) -> dict[str, ParamInfo]:
         """The first hidden layer is the input, the head the output."""
@@ -135,7 +83,7 @@ def preference(
     name: str = "preference",
     data: str = "preferences_clean",
     objective: str | Objective = "dpo",
-    beta: float = 0.5,
+    beta: float | None = 0.5,
     hidden: Sequence[int] = (),
     activation: str = "tanh",
     batch_size: int = 64,
@@ -147,8 +95,8 @@ def preference(
     Args:
         name: of the task.
         data: a registered source laid out as `metaopt_tasks.data.preferences.preferences`.
-        objective: a registered objective with the tag ``preference``, or any function of rho [B] -> [B].
-        beta: of a registered objective.
+        objective: a name of ``metaopt list objectives`` with the tag ``preference``, ``file.py:Name``, or an `Objective`.
+        beta: of an objective that is given by name; None: its own default.
         hidden: widths of the policy's network.
         activation: of its hidden layers.
         batch_size: pairs per step.
@@ -156,7 +104,8 @@ def preference(
         device: of the data.
     """
     splits = load(data, device)
-    made = registry.create("objective", objective, beta=beta) if isinstance(objective, str) else objective
+    own = {} if beta is None else {"beta": beta}
+    made = registry.create("objective", objective, **own) if isinstance(objective, str) else objective
     return PreferencePolicy(
         name, splits["train"], splits["valid"], splits["test"], batch_size, horizon,
         hidden=tuple(hidden), activation=activation, objective=made,

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any, ClassVar
+
 import pytest
 import torch
-from golden_vectors import load
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from metaopt import registry
+from metaopt.objective import LOG_PROBABILITIES, Kind, Objective
 from metaopt.task import Split
 from metaopt_tasks.data.preferences import FLIPS, preferences
-from metaopt_tasks.preference import DPO, PreferencePolicy, preference
-
-GOLDEN, _ = load("preference_losses")
-NAMES = {"dpo": "dpo", "ipo": "ipo", "slic": "hinge", "exponential": "exp", "lrml": "lrml"}
+from metaopt_tasks.preference import PreferencePolicy, preference
 
 
-@pytest.mark.parametrize("grid", ["", "extreme/"])
-@pytest.mark.parametrize("name", NAMES)
-def test_objectives_and_their_slopes_equal_sixty_digit_closed_forms(name: str, grid: str) -> None:
-    objective = registry.create("objective", name, beta=float(GOLDEN["beta"]))
-    rho = torch.from_numpy(GOLDEN["rho_extreme" if grid else "rho"]).requires_grad_()
-    value = objective(rho)
-    (slope,) = torch.autograd.grad(value.sum(), rho)
-    np.testing.assert_allclose(value.detach(), GOLDEN[f"{grid}value/{NAMES[name]}"], rtol=1e-9, atol=1e-300)
-    np.testing.assert_allclose(slope, GOLDEN[f"{grid}grad/{NAMES[name]}"], rtol=1e-9, atol=1e-300)
+class Margin(Objective):
+    """rho, times ``weights``."""
 
+    kind: ClassVar[Kind] = "preference"
+    inputs: ClassVar[tuple[str, ...]] = LOG_PROBABILITIES
+    weights: Any = 1.0
+    of: Any = staticmethod(lambda rho: rho)
 
-def test_discopop_is_finite_in_float32_where_the_plain_formula_is_not() -> None:
-    objective = registry.create("objective", "lrml", beta=0.05)
-    rho = torch.tensor([-1e4, -1775.0, 0.0, 1e4], requires_grad=True)
-    value = objective(rho)
-    value.sum().backward()
-    assert torch.isfinite(value).all() and torch.isfinite(rho.grad).all()  # type: ignore[arg-type]
+    def loss(self, chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor) -> Tensor:
+        return self.weights * self.of(chosen - reference_chosen - (rejected - reference_rejected))
 
 
 def test_the_reference_policy_scores_one_and_the_best_answers_zero() -> None:
@@ -48,7 +38,7 @@ def test_the_reference_policy_scores_one_and_the_best_answers_zero() -> None:
 
 
 def test_training_loss_is_the_objective_of_the_log_ratio_of_log_ratios() -> None:
-    task = preference(data="preferences_shuffled", hidden=(), objective=lambda rho: rho)
+    task = preference(data="preferences_shuffled", hidden=(), objective=Margin())
     params = task.init(Generator().manual_seed(1))
     batch = task.train.take(torch.arange(5))
 
@@ -75,7 +65,9 @@ def test_dpo_has_its_optimum_at_the_reference_times_exponential_reward() -> None
                   "reference": reference.expand(len(one), -1), "rejected_reference": reference.expand(len(one), -1),
                   "reward": reward.expand(len(one), -1)})  # fmt: skip
     wins = torch.sigmoid(reward[0, one] - reward[0, two])  # how often one beats two
-    task = PreferencePolicy("pairs", data, data, data, objective=lambda rho: 2 * wins * DPO(beta)(rho))
+    task = PreferencePolicy(
+        "pairs", data, data, data, objective=Margin(2 * wins, lambda rho: -F.logsigmoid(beta * rho))
+    )
     params = {
         "head.weight": (reward / beta).T.clone().requires_grad_(), "head.bias": torch.zeros(4, dtype=torch.float64)
     }  # fmt: skip

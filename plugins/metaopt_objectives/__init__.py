@@ -1,0 +1,1 @@
+"""Objectives: losses of preferences, classes, numbers and policies, and weights of examples, as in the papers."""
