@@ -30,7 +30,7 @@ LOG_PROBABILITIES = (
 """Log-probabilities of whole answers (summed over tokens), in nats, under the policy and under its reference."""
 
 INPUTS: Mapping[Kind, tuple[str, ...]] = {
-    "preference": (*LOG_PROBABILITIES, "chosen_lengths", "rejected_lengths", "chosen_scores", "rejected_scores"),
+    "preference": (*LOG_PROBABILITIES, "rho", "chosen_lengths", "rejected_lengths", "chosen_scores", "rejected_scores"),
     "classification": ("logits", "labels"),
     "regression": ("prediction", "target"),
     "reweighting": ("losses",),
@@ -38,7 +38,8 @@ INPUTS: Mapping[Kind, tuple[str, ...]] = {
 }
 """Kind -> what its objectives may read.
 
-- ``preference``: all [B]; `LOG_PROBABILITIES`, lengths in tokens (at least 1), and scores, the chosen answer's higher.
+- ``preference``: all [B]; `LOG_PROBABILITIES`, and what follows from them: rho = (policy - reference of the chosen answer) -
+  (policy - reference of the rejected one); lengths in tokens (at least 1), and scores, the chosen answer's higher.
 - ``classification``: ``logits`` [B, C] and ``labels`` int64 [B].
 - ``regression``: ``prediction`` and ``target`` of one shape; the loss has one value per entry.
 - ``reweighting``: ``losses`` [B]; what comes back are weights, whose mean is about 1 or less, to be used as constants.
@@ -89,20 +90,26 @@ class Objective(Declared, ABC):
         Raises:
             ValueError: an input is missing, or shapes do not fit.
         """
-        missing = [name for name in self.inputs if name not in inputs]
+        made = "rho" in self.inputs and "rho" not in inputs
+        needed = [name for name in self.inputs if not made or name != "rho"] + [*LOG_PROBABILITIES] * made
+        missing = [name for name in needed if name not in inputs]
         if missing:
             raise ValueError(
-                f"{self.label()} needs {', '.join(self.inputs)}; the inputs lack {', '.join(missing)}, "
+                f"{self.label()} needs {', '.join(needed)}; the inputs lack {', '.join(missing)}, "
                 f"and have {', '.join(inputs) or 'none'}"
             )
-        given = [inputs[name] for name in self.inputs]
+        given = {name: inputs[name] for name in needed}
         self._require_shapes(given)
-        return self.loss(*map(_widened, given), **(self.hp if hp is None else hp))
+        given = {name: _widened(x) for name, x in given.items()}
+        if made:
+            chosen, rejected, reference_chosen, reference_rejected = (given[name] for name in LOG_PROBABILITIES)
+            given["rho"] = (chosen - reference_chosen) - (rejected - reference_rejected)
+        return self.loss(*(given[name] for name in self.inputs), **(self.hp if hp is None else hp))
 
-    def _require_shapes(self, inputs: Sequence[Tensor]) -> None:
-        shapes = [x.shape[:1] if name == "logits" else x.shape for name, x in zip(self.inputs, inputs, strict=True)]
+    def _require_shapes(self, inputs: Mapping[str, Tensor]) -> None:
+        shapes = [x.shape[:1] if name == "logits" else x.shape for name, x in inputs.items()]
         if any(shape != shapes[0] for shape in shapes):  # broadcast, [B] and [B, 1] would make B * B losses
-            found = ", ".join(f"{name} {list(x.shape)}" for name, x in zip(self.inputs, inputs, strict=True))
+            found = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items())
             raise ValueError(f"the inputs of {self.label()} must have one value per example, got {found}")
 
     @cached_property
@@ -196,8 +203,7 @@ def faults(
             for name in DIFFERENTIATED[objective.kind]:
                 inputs[name].requires_grad_()
             loss = objective(inputs)
-            at = ", ".join(f"{name} {x.tolist()[0]:g}" if x.dim() == 1 else f"{name} {x.tolist()[0]}"
-                           for name, x in probe.items() if name in objective.inputs)  # fmt: skip
+            at = ", ".join(f"{name} {x[0].tolist()}" for name, x in probe.items())
             if loss.shape != (1,):
                 found.append(f"the loss of one example has shape {list(loss.shape)}, not [1]")
                 return found

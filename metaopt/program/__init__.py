@@ -3,6 +3,7 @@
 from metaopt.program.build import compiler
 from metaopt.program.cpp import CppStep, compile_cpp, cpp_source
 from metaopt.program.inplace import compile_in_place, in_place_source
+from metaopt.program.loss import ProgramObjective
 from metaopt.program.ops import OPS, REDUCTIONS, Op, Reduction
 from metaopt.program.parse import ProgramTextError, parse_program
 from metaopt.program.program import Program, Statement, evaluate, evaluate_tree
@@ -15,6 +16,7 @@ __all__ = [
     "CppStep",
     "Op",
     "Program",
+    "ProgramObjective",
     "ProgramTextError",
     "Reduction",
     "Statement",

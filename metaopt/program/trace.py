@@ -193,7 +193,7 @@ class Tracer:
             ones = self.emit("pow", args[0], 0.0)  # also where it is NaN
             return ones if name == "ones_like" else self.emit("mul", 0.0, ones)
         if name in ("relu", "sigmoid", "softplus", "logsigmoid", "log_sigmoid"):
-            return self._activation(name, args[0])
+            return activation(self.emit, name, args[0])
         if name in _REDUCTION_NAMES:
             return self._reduction(name, args, kwargs)
         if name not in _TORCH_NAMES:
@@ -205,17 +205,6 @@ class Tracer:
             return self.emit(op, args[0], self.emit("mul", kwargs["alpha"], args[1]))
         return self.emit(op, *args)
 
-    def _activation(self, name: str, x: Any) -> Symbol:
-        """In forms whose values and derivatives are finite for every finite x, and right at 0."""
-        if name == "relu":  # of derivative 0 at 0, as torch has it
-            return self.emit("where", self.emit("le", x, 0.0), 0.0, x)
-        tail = self.emit("add", 1.0, self.emit("exp", self.emit("neg", self.emit("abs", x))))  # 1 + e^-|x|
-        if name == "sigmoid":
-            return self.emit("div", self.emit("exp", self.emit("minimum", x, 0.0)), tail)
-        if name == "softplus":
-            return self.emit("add", self.emit("maximum", x, 0.0), self.emit("log", tail))
-        return self.emit("sub", self.emit("minimum", x, 0.0), self.emit("log", tail))
-
     def _reduction(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
         harmless = _SAYING_NOTHING.get(name, {})
         if not 1 <= len(args) <= 1 + len(harmless):
@@ -224,6 +213,21 @@ class Tracer:
             if isinstance(value, Symbol) or value not in harmless.get(key, ()):
                 raise TraceError(f"{name} takes no {key}={value!r} in an elementwise rule: {_REDUCTIONS}")
         return self.emit(_REDUCTION_NAMES[name], args[0])
+
+
+def activation(emit: Callable[..., Any], name: str, x: Any) -> Any:
+    """``relu``, ``sigmoid``, ``softplus`` or ``logsigmoid`` of x in statements.
+
+    In forms whose values and derivatives are finite for every finite x, and right at 0.
+    """
+    if name == "relu":  # of derivative 0 at 0, as torch has it
+        return emit("where", emit("le", x, 0.0), 0.0, x)
+    tail = emit("add", 1.0, emit("exp", emit("neg", emit("abs", x))))  # 1 + e^-|x|
+    if name == "sigmoid":
+        return emit("div", emit("exp", emit("minimum", x, 0.0)), tail)
+    if name == "softplus":
+        return emit("add", emit("maximum", x, 0.0), emit("log", tail))
+    return emit("sub", emit("minimum", x, 0.0), emit("log", tail))
 
 
 def _outside(name: str) -> TraceError:

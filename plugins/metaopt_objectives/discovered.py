@@ -30,7 +30,7 @@ class LogRatioModulated(MarginLoss):
     beta: float = beta(0.05)
     tau: float = tau()
 
-    def of_margin(self, rho: Any, beta: Any, tau: Any) -> Any:
+    def loss(self, rho: Any, beta: Any, tau: Any) -> Any:
         z = beta * rho
         # s exp(-z) as one exponential: for very negative z it is 0 times infinity otherwise
         return bounded_exp(F.logsigmoid(z / tau) - z) - torch.sigmoid(-z / tau) * F.logsigmoid(z)
@@ -41,7 +41,7 @@ class PADLL(MarginLoss):
 
     beta: float = beta(0.05)
 
-    def of_margin(self, rho: Any, beta: Any) -> Any:
+    def loss(self, rho: Any, beta: Any) -> Any:
         dpo = -F.logsigmoid(beta * rho)
         return torch.where(rho < 0, 0.45 * dpo, 0.9 * dpo)  # of two numbers torch would make a float32
 
@@ -51,7 +51,7 @@ class CELL(MarginLoss):
 
     beta: float = beta(0.05)
 
-    def of_margin(self, rho: Any, beta: Any) -> Any:
+    def loss(self, rho: Any, beta: Any) -> Any:
         z = beta * rho
         return 0.5 * bounded_exp(-z) - 0.5 * F.logsigmoid(z)
 
@@ -64,7 +64,7 @@ class AQL(MarginLoss):
     beta: float = beta(0.05)
     tau: float = tau()
 
-    def of_margin(self, rho: Any, beta: Any, tau: Any) -> Any:
+    def loss(self, rho: Any, beta: Any, tau: Any) -> Any:
         z = beta * rho
         a = 0.5 + 0.01 * (torch.sigmoid((z / tau).mean()) - 0.5)
         q = torch.sigmoid(a - z / tau)
@@ -81,7 +81,7 @@ class AQFL(MarginLoss):
     beta: float = beta(0.05)
     tau: float = tau()
 
-    def of_margin(self, rho: Any, beta: Any, tau: Any) -> Any:
+    def loss(self, rho: Any, beta: Any, tau: Any) -> Any:
         z = beta * rho
         x = z / tau
         c = standard_deviation(x) * torch.sigmoid(-x).mean()
@@ -101,7 +101,7 @@ class DBAQL(MarginLoss):
     beta: float = beta(0.05)
     tau: float = tau()
 
-    def of_margin(self, rho: Any, beta: Any, tau: Any) -> Any:
+    def loss(self, rho: Any, beta: Any, tau: Any) -> Any:
         z = beta * rho
         variance = sample_variance(z / tau)
         # (1 - c) exp(-0.9 z) as one exponential: it may be 0 times infinity otherwise

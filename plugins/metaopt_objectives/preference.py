@@ -11,7 +11,6 @@ policy goes. The logistic function is torch's logsigmoid: its softplus drops e^-
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -41,15 +40,9 @@ class PreferenceLoss(Objective):
 
 
 class MarginLoss(PreferenceLoss):
-    """A loss that is a function of rho alone: write `of_margin`."""
+    """A loss that is a function of rho alone."""
 
-    def loss(self, chosen: Any, rejected: Any, reference_chosen: Any, reference_rejected: Any, **hp: Any) -> Any:
-        """`of_margin` of rho."""
-        return self.of_margin((chosen - reference_chosen) - (rejected - reference_rejected), **hp)
-
-    @abstractmethod
-    def of_margin(self, rho: Any, *args: Any, **hp: Any) -> Any:
-        """The loss as a function of rho, in nats."""
+    inputs: ClassVar[tuple[str, ...]] = ("rho",)
 
 
 class DPO(MarginLoss):
@@ -57,7 +50,7 @@ class DPO(MarginLoss):
 
     beta: float = beta()
 
-    def of_margin(self, rho: Any, beta: Any) -> Any:
+    def loss(self, rho: Any, beta: Any) -> Any:
         return -F.logsigmoid(beta * rho)
 
 
@@ -66,7 +59,7 @@ class IPO(MarginLoss):
 
     beta: float = beta()
 
-    def of_margin(self, rho: Any, beta: Any) -> Any:
+    def loss(self, rho: Any, beta: Any) -> Any:
         return torch.square(rho - 0.5 / beta)
 
 
@@ -75,7 +68,7 @@ class SLiC(MarginLoss):
 
     beta: float = beta()
 
-    def of_margin(self, rho: Any, beta: Any) -> Any:
+    def loss(self, rho: Any, beta: Any) -> Any:
         return torch.relu(1 - beta * rho)
 
 
@@ -84,7 +77,7 @@ class Exponential(MarginLoss):
 
     beta: float = beta()
 
-    def of_margin(self, rho: Any, beta: Any) -> Any:
+    def loss(self, rho: Any, beta: Any) -> Any:
         return bounded_exp(-beta * rho)
 
 

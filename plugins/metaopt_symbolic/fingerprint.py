@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from metaopt.program.population import PopulationStep, encode
-from metaopt.program.program import Program
+from metaopt.program.program import Program, evaluate
 
 _PROBES, _STEPS, _SIZES = 2, 4, (600, 400)
 """Of two tensors, so that norms of a tensor and of the tree differ; a slot that was written can pass through two others. There
@@ -35,7 +35,9 @@ class Fingerprints(NamedTuple):
             both, but for one in thousands of those whose terms cancel, by rounding. Programs whose constants differ by a
             thousandth agree in neither, unless they round by themselves: of ``sign``, all 8000 signs may be the same.
         finite: bool [N], whether all updates are.
-        uses_gradient: bool [N], whether other gradients give other updates.
+        uses_gradient: bool [N], whether other gradients give other updates; of a loss, whether it has a slope anywhere.
+
+    Where programs are losses, for updates read slopes by the inputs: through them alone a loss acts.
     """
 
     hashes: NDArray[np.uint64]
@@ -44,13 +46,13 @@ class Fingerprints(NamedTuple):
 
 
 def fingerprint(programs: Sequence[Program]) -> Fingerprints:
-    """Run optimizers for a few steps on random parameters and gradients, always the same ones, in float64.
+    """Run programs on random inputs, always the same ones, in float64: optimizers for a few steps, losses on a batch.
 
     Both probes have the same parameters and learning rates. Magnitudes of gradients spread from 1e-4 to 1, so that what is
-    defined only within [-1, 1], as arcsin, is finite.
+    defined only within [-1, 1], as arcsin, is finite. Of a loss, inputs spread from 1e-3 to 30.
 
     Args:
-        programs: of the same scalars.
+        programs: of the same scalars, and of the same inputs where they are losses.
     """
     parts = [_fingerprint(programs[k : k + _AT_ONCE]) for k in range(0, len(programs), _AT_ONCE)]
     nothing = Fingerprints(np.zeros((0, _PROBES), np.uint64), np.zeros(0, bool), np.zeros(0, bool))
@@ -58,12 +60,14 @@ def fingerprint(programs: Sequence[Program]) -> Fingerprints:
 
 
 def _fingerprint(programs: Sequence[Program]) -> Fingerprints:
-    updates = _updates(programs)
+    losses = not programs[0].is_rule
+    updates = _slopes(programs) if losses else _updates(programs)
     probes = _rounded(updates).reshape(len(programs) * _PROBES, -1)
     digests = b"".join(blake2b(probe.tobytes(), digest_size=8).digest() for probe in probes)
     hashes = np.frombuffer(digests, np.uint64).reshape(-1, _PROBES)
     finite = np.all(np.isfinite(updates), axis=(1, 2, 3))
-    return Fingerprints(hashes, finite, hashes[:, 0] != hashes[:, 1])
+    moves = np.any(updates != 0, axis=(1, 2, 3)) if losses else hashes[:, 0] != hashes[:, 1]
+    return Fingerprints(hashes, finite, moves)
 
 
 def _updates(programs: Sequence[Program]) -> NDArray[np.float64]:
@@ -90,6 +94,25 @@ def _updates(programs: Sequence[Program]) -> NDArray[np.float64]:
     for k in range(_STEPS):
         step(updates[k], grads[k].repeat(count, 1), slots, numbers[k])
     return updates.unflatten(1, (count, _PROBES)).permute(1, 2, 0, 3).numpy()
+
+
+def _slopes(programs: Sequence[Program]) -> NDArray[np.float64]:
+    """[N, probes, inputs, examples]."""
+    rng, examples = np.random.default_rng(0), sum(_SIZES)
+    shape = len(programs[0].tensors), examples
+    inputs = [
+        torch.from_numpy(rng.choice([-1.0, 1.0], shape) * 10 ** rng.uniform(-3, 1.5, shape)) for _ in range(_PROBES)
+    ]
+    scalars = {name: rng.uniform(0.05, 1) for name in programs[0].scalars}
+    slopes = np.empty((len(programs), _PROBES, *shape))
+    for k, program in enumerate(programs):
+        for probe, values in enumerate(inputs):
+            columns = values.clone().requires_grad_()
+            (loss,) = evaluate(program, dict(zip(program.tensors, columns, strict=True)), scalars)
+            nothing = 0 * columns.sum()  # comparisons alone have no slope to ask for
+            (slope,) = torch.autograd.grad(loss.sum() + nothing, columns)
+            slopes[k, probe] = torch.where(torch.isfinite(loss), slope, torch.nan)
+    return slopes
 
 
 def _rounded(updates: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import keyword
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from metaopt.objective import INPUTS, Objective
 from metaopt.program.parse import syntax_tree
 from metaopt.program.program import Arg, Program, Statement
 from metaopt.program.trace import renamed, without_dead
@@ -20,6 +21,10 @@ from metaopt_symbolic.language import FUNCTIONS, OF_OPERATION
 
 class GenomeError(ValueError):
     """A text, JSON or list of assignments that is no program of the search language."""
+
+
+LOSS = "loss"
+"""What a program that returns this alone is."""
 
 
 class Assign(NamedTuple):
@@ -37,10 +42,14 @@ class Genome:
     Redundant assignments are part of it, as stepping stones. Every input may be assigned, and what a later assignment reads is
     the latest value.
 
+    An optimizer, or a loss: that is what has one output, called ``loss``.
+
     Attributes:
-        tensors: variables that hold a tensor at the start: of an optimizer ``("w", "g", *slots)``.
-        scalars: variables that hold a number at the start: of an optimizer ``("lr",)`` or ``("lr", "t")``.
-        outputs: variables whose last values are the result: of an optimizer ``("update", *slots)``.
+        tensors: variables that hold a tensor at the start: of an optimizer ``("w", "g", *slots)``, of a loss inputs of
+            `metaopt.objective.INPUTS`, with a value per example.
+        scalars: variables that hold a number at the start: of an optimizer ``("lr",)`` or ``("lr", "t")``, of a loss
+            hyperparameters.
+        outputs: variables whose last values are the result: of an optimizer ``("update", *slots)``, of a loss ``("loss",)``.
         body: the assignments.
 
     Raises:
@@ -83,9 +92,14 @@ class Genome:
                 raise GenomeError(f"the output {name!r} is never assigned")
 
     @property
+    def is_loss(self) -> bool:
+        """Whether it is a loss, or else an optimizer."""
+        return self.outputs == (LOSS,)
+
+    @property
     def slots(self) -> tuple[str, ...]:
-        """The state of an optimizer."""
-        return self.tensors[2:]
+        """The state of an optimizer; a loss has none."""
+        return () if self.is_loss else self.tensors[2:]
 
     def scaled(self, factor: float) -> Genome:
         """The program whose learning rate is ``factor`` times as large: in the number that ``lr`` is multiplied by, if nothing
@@ -101,9 +115,9 @@ class Genome:
 
     # -- text and JSON ---------------------------------------------------------------------------------------------
 
-    def text(self, name: str = "train") -> str:
-        """Python that `parse` reads back."""
-        lines = [f"def {name}({', '.join([*self.tensors, *self.scalars])}):"]
+    def text(self, name: str | None = None) -> str:
+        """Python that `parse` reads back: a function called ``name``, else ``train`` or ``loss``."""
+        lines = [f"def {name or (LOSS if self.is_loss else 'train')}({', '.join([*self.tensors, *self.scalars])}):"]
         lines += [f"    {target} = {function}({', '.join(map(_text, args))})" for target, function, args in self.body]
         return "\n".join([*lines, f"    return {', '.join(self.outputs)}", ""])
 
@@ -122,7 +136,8 @@ class Genome:
     # -- as a program ----------------------------------------------------------------------------------------------
 
     def program(self, *, named: bool = False) -> Program:
-        """The rule ``param <- param - update`` as the engine's single-assignment `Program`, without dead statements.
+        """The rule ``param <- param - update``, or the loss, as the engine's single-assignment `Program`, without dead
+        statements.
 
         Args:
             named: whether values keep the variables' names, for readers.
@@ -135,12 +150,12 @@ class Genome:
             raise GenomeError(
                 f"after {self.outputs[0]!r} an optimizer must return {self.slots}, got {self.outputs[1:]}"
             )
-        for name in (*self.slots, *self.scalars):
+        for name in (*(self.tensors if self.is_loss else self.slots), *self.scalars):
             if name in ("param", "grad", "step"):
                 raise GenomeError(f"{name!r} is a name of the optimizer; choose another for the slot or number")
         statements: list[Statement] = []
         made: dict[tuple[str, ...], str] = {}
-        own = dict(zip(self.tensors, ("param", "grad"), strict=False))
+        own = {} if self.is_loss else dict(zip(self.tensors, ("param", "grad"), strict=False))
         values: dict[str, Arg] = {name: own.get(name, name) for name in (*self.tensors, *self.scalars)}
         names: dict[str, str] = {}
         inputs = {str(value) for value in values.values()}
@@ -161,7 +176,9 @@ class Genome:
                     emit, *(values[arg] if isinstance(arg, str) else float(arg) for arg in args)
                 )
                 names.setdefault(str(values[target]), target)
-            outputs = (emit("sub", "param", values[self.outputs[0]]), *(values[name] for name in self.outputs[1:]))
+            outputs = tuple(values[name] for name in self.outputs)
+            if not self.is_loss:
+                outputs = (emit("sub", "param", outputs[0]), *outputs[1:])
             tensors = tuple(own.get(name, name) for name in self.tensors)
             program = Program(self.scalars, tensors, tuple(statements), outputs)
         except ValueError as error:
@@ -176,7 +193,7 @@ def parse(text: str) -> Genome:
     """Read the text of `Genome.text`; nothing of it is executed.
 
     State is what the function returns beside its first value. Scalars are the arguments that are neither the first two nor
-    returned.
+    returned. Of a loss, which returns ``loss`` alone, they are the arguments that `metaopt.objective.INPUTS` does not name.
 
     Raises:
         GenomeError: anything else than assignments of calls to variables, and one return.
@@ -199,9 +216,16 @@ def parse(text: str) -> Genome:
         raise GenomeError("the function must end with a return")
     returned = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
     outputs = tuple(_name(node) for node in returned)
-    tensors = (*inputs[:2], *(name for name in outputs[1:] if name in inputs[2:]))
+    if outputs == (LOSS,):
+        tensors = tuple(name for name in inputs if name in _EXAMPLES)
+    else:
+        tensors = (*inputs[:2], *(name for name in outputs[1:] if name in inputs[2:]))
     scalars = tuple(name for name in inputs if name not in tensors)
     return Genome(tensors, scalars, outputs, tuple(_assignment(line) for line in lines))
+
+
+_EXAMPLES = {name for names in INPUTS.values() for name in names}
+"""What losses have a value per example of."""
 
 
 def _assignment(line: ast.stmt) -> Assign:
@@ -293,6 +317,37 @@ def from_rule(rule: ElementwiseRule) -> Genome:
     if "lr" in hp:
         body.append(Assign("rate", "mul", ("lr", float(hp["lr"]))))
         values["lr"] = "rate"
+    statements, (new_param, *new_slots) = _assignments(program, names, values, reserved)
+    body += [*statements, Assign("update", "sub", ("w", new_param)), *_parallel(program.tensors[2:], new_slots)]
+    used = {read for a in body for read in a.args}
+    scalars = ("lr", "t") if "t" in used else ("lr",)
+    return Genome(("w", "g", *program.tensors[2:]), scalars, ("update", *program.tensors[2:]), tuple(body))
+
+
+def from_objective(objective: Objective) -> Genome:
+    """The program of a traced objective: its hyperparameters are numbers.
+
+    Raises:
+        TraceError: the objective is no program.
+    """
+    program = objective.program
+    names = {name: name for name in program.tensors}
+    values: dict[str, Arg] = {name: float(value) for name, value in flat_hp(objective.hp).items()}
+    body, (loss,) = _assignments(program, names, values, {LOSS, *FUNCTIONS, *program.tensors})
+    return Genome(program.tensors, (), (LOSS,), (*body, Assign(LOSS, "copy", (loss,))))
+
+
+def _assignments(
+    program: Program, names: dict[str, str], values: Mapping[str, Arg], reserved: Container[str]
+) -> tuple[list[Assign], list[Arg]]:
+    """The statements of a traced program, and its outputs.
+
+    Args:
+        program: in the engine's language.
+        names: of its tensors and ``t``, as variables; those of its statements are added.
+        values: of its other scalars.
+        reserved: names that no statement may have.
+    """
     for k, s in enumerate(program.statements):
         fits = s.target not in reserved and not keyword.iskeyword(s.target)
         names[s.target] = s.target if fits else f"{s.target}_{k}"
@@ -300,13 +355,8 @@ def from_rule(rule: ElementwiseRule) -> Genome:
     def arg(value: Arg) -> Arg:
         return values.get(value, names.get(value, value)) if isinstance(value, str) else value
 
-    body += [Assign(names[s.target], OF_OPERATION.get(s.op, s.op), tuple(map(arg, s.args))) for s in program.statements]
-    new_param, *new_slots = map(arg, program.outputs)
-    body.append(Assign("update", "sub", ("w", new_param)))
-    body += _parallel(program.tensors[2:], new_slots)
-    used = {read for a in body for read in a.args}
-    scalars = ("lr", "t") if "t" in used else ("lr",)
-    return Genome(("w", "g", *program.tensors[2:]), scalars, ("update", *program.tensors[2:]), tuple(body))
+    body = [Assign(names[s.target], OF_OPERATION.get(s.op, s.op), tuple(map(arg, s.args))) for s in program.statements]
+    return body, [*map(arg, program.outputs)]
 
 
 def _parallel(slots: Sequence[str], values: Sequence[Arg]) -> list[Assign]:
@@ -378,3 +428,42 @@ def train(w, g, m, v, lr):
 """,
 }
 """Programs to start from, by name; any registered `ElementwiseRule` is one too (`from_rule`)."""
+
+LOSS_SEEDS: dict[str, str] = {
+    "dpo": """\
+def loss(rho):
+    z = mul(rho, 0.05)
+    likelihood = logsigmoid(z)
+    loss = negative(likelihood)
+    return loss
+""",
+    "ipo": """\
+def loss(rho):
+    gap = sub(rho, 10.0)
+    loss = square(gap)
+    return loss
+""",
+    "slic": """\
+def loss(rho):
+    z = mul(rho, 0.05)
+    gap = sub(1.0, z)
+    loss = relu(gap)
+    return loss
+""",
+    "lrml": """\
+def loss(rho):
+    z = mul(rho, 0.05)
+    x = mul(z, 20.0)
+    far = logsigmoid(x)
+    far = sub(far, z)
+    exponential = exp(far)
+    x = negative(x)
+    near = sigmoid(x)
+    likelihood = logsigmoid(z)
+    logistic = mul(near, likelihood)
+    loss = sub(exponential, logistic)
+    return loss
+""",
+}
+"""Preference losses to start from (beta = tau = 0.05), of rho; any registered objective that is a program is one too
+(`from_objective`)."""

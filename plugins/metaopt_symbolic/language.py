@@ -8,7 +8,7 @@ forty-fifth, ``invert``, is bitwise, which floating-point numbers have not. Doma
 
 ``norm`` is of each tensor by itself; ``global_norm``, ``dot``, ``cosine_sim`` and ``clip_by_global_norm`` are of all tensors of
 the tree together. Beyond the paper there are `EXTRAS`: what traced rules need (division and roots as they are, comparisons), so
-that any of them can start a search.
+that any of them can start a search, and what losses are made of.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from metaopt.program.program import Arg
+from metaopt.program.trace import activation
 
 Emit = Callable[..., Arg]
 """``emit(op, *args)``: append a statement of the engine's language (or find the same one) and return its name."""
@@ -62,6 +63,10 @@ EPS = 1e-8
 
 def _op(name: str) -> Callable[..., Arg]:
     return lambda emit, *args: emit(name, *args)
+
+
+def _activation(name: str) -> Callable[..., Arg]:
+    return lambda emit, x: activation(emit, name, x)
 
 
 def _log_abs(e: Emit, x: Arg) -> Arg:
@@ -185,6 +190,9 @@ EXTRAS: dict[str, Function] = _table(
     Function("where", 3, _op("where")),
     Function("mean", 1, _op("mean"), reduces=True, of_tensors=1),
     Function("global_sum", 1, _op("global_sum"), reduces=True, of_tensors=1),
+    Function("relu", 1, _activation("relu")),
+    Function("sigmoid", 1, _activation("sigmoid")),
+    Function("logsigmoid", 1, _activation("logsigmoid")),
 )
 """Beyond the paper; a search inserts them when asked to."""
 

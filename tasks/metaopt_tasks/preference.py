@@ -40,7 +40,7 @@ class PreferencePolicy(ScaledTask):
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, ACTIVATIONS)
-        unknown = set(self.objective.inputs) - {*LOG_PROBABILITIES, *_LENGTHS}
+        unknown = set(self.objective.inputs) - {*LOG_PROBABILITIES, "rho", *_LENGTHS}
         if unknown:
             raise ValueError(
                 f"{self.objective.label()} reads {', '.join(sorted(unknown))}, which this task has not; it has "
