@@ -36,9 +36,9 @@ class CppKernels:
         """None: torch operations read and write 8 bits, C++ steps what they stand for."""
         return None
 
-    def population(self, population: Population, runs: Tensor, sizes: Sequence[int]) -> PopulationStep:
+    def population(self, population: Population, runs: Tensor, shapes: Sequence[Sequence[int]]) -> PopulationStep:
         """See `PopulationStep`."""
-        return PopulationStep(population, runs, sizes)
+        return PopulationStep(population, runs, shapes)
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
         """See `supports`."""

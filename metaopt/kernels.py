@@ -93,13 +93,13 @@ class Kernels(Protocol):
             dtypes: of parameters and gradients.
         """
 
-    def population(self, population: Population, runs: Tensor, sizes: Sequence[int]) -> RunsStep | None:
+    def population(self, population: Population, runs: Tensor, shapes: Sequence[Sequence[int]]) -> RunsStep | None:
         """The step of R runs of programs of a population.
 
         Args:
             population: the programs.
             runs: int64 [R], the program of each run.
-            sizes: the elements of the tensors that lie side by side in each run's row.
+            shapes: of the tensors that lie side by side in each run's row.
         """
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:

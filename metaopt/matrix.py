@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from metaopt.replacing import replaceable
 
@@ -42,6 +46,59 @@ def newton_schulz(matrices: Tensor, steps: int, eps: Tensor | float) -> Tensor:
         for _ in range(steps):
             x = (_higher_terms(_symmetric_product(x, x.mT)) @ x).add(x, alpha=a)
     return x.mT if tall else x
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """``tensor`` as [rows, columns]: its first dimension, and all others together. A vector is one row."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, tensor.numel())
+
+
+def overridable(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let what stands for a tensor have its own say, as torch's functions do: tracing hands them symbols."""
+
+    @functools.wraps(function)
+    def run(tensor: Tensor) -> Tensor:
+        if has_torch_function_unary(tensor):
+            made: Tensor = handle_torch_function(run, (tensor,), tensor)
+            return made
+        return function(tensor)
+
+    return run
+
+
+@overridable
+def orthogonalise(tensor: Tensor) -> Tensor:
+    """``tensor`` with all singular values of `as_matrix` moved to about 1, by five steps of `newton_schulz`, as in Muon.
+
+    A vector becomes a vector of about length 1.
+    """
+    return newton_schulz(as_matrix(tensor), 5, 1e-8).reshape(tensor.shape)
+
+
+@overridable
+def row_mean(tensor: Tensor) -> Tensor:
+    """In place of each element the mean of its row of `as_matrix`; of a vector, its mean."""
+    matrix = as_matrix(tensor)
+    return matrix.mean(1, keepdim=True).expand_as(matrix).reshape(tensor.shape)
+
+
+@overridable
+def column_mean(tensor: Tensor) -> Tensor:
+    """In place of each element the mean of its column of `as_matrix`; a vector, which is one row, stays as it is."""
+    matrix = as_matrix(tensor)
+    return matrix.mean(0, keepdim=True).expand_as(matrix).reshape(tensor.shape)
+
+
+@overridable
+def row_count(tensor: Tensor) -> Tensor:
+    """How many rows `as_matrix` has, 0-d in the dtype of ``tensor``."""
+    return torch.full((), as_matrix(tensor).shape[0], dtype=tensor.dtype, device=tensor.device)
+
+
+@overridable
+def column_count(tensor: Tensor) -> Tensor:
+    """How many columns `as_matrix` has, 0-d in the dtype of ``tensor``."""
+    return torch.full((), as_matrix(tensor).shape[1], dtype=tensor.dtype, device=tensor.device)
 
 
 def _product_of_steps(gram: Tensor, steps: int) -> Tensor:

@@ -7,14 +7,14 @@ from functools import cache
 import numpy as np
 
 from metaopt_symbolic.genome import SEEDS, Genome, parse
-from metaopt_symbolic.language import FUNCTIONS, PAPER
+from metaopt_symbolic.language import EXTRAS, PAPER
 from metaopt_symbolic.mutation import Mutation
 from metaopt_symbolic.population import ARITY, CONSTANT, Genomes
 
 ADAMW = parse(SEEDS["adamw"])
 
-EVERYTHING = Mutation(functions=tuple(FUNCTIONS), insert=2.0)
-"""With every function, and programs that grow."""
+EVERYTHING = Mutation(functions=tuple(PAPER | EXTRAS), insert=2.0)
+"""With every function but those of matrices, and programs that grow."""
 
 
 @cache

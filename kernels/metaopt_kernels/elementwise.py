@@ -138,7 +138,8 @@ def triton_source(
 
 @functools.lru_cache(maxsize=1024)
 def elementwise(program: Program, dtypes: Dtypes, stochastic_rounding: bool = False) -> TritonStep | None:
-    """The step of ``program`` for tensors of these dtypes, or None for dtypes that it does not store and reductions of trees.
+    """The step of ``program`` for tensors of these dtypes, or None for dtypes that it does not store, for matrix operations and
+    for reductions of trees.
 
     Arithmetic is in float64 if parameters are, otherwise in float32; coefficients are rounded to that.
 
@@ -154,7 +155,7 @@ def elementwise(program: Program, dtypes: Dtypes, stochastic_rounding: bool = Fa
     """
     if stochastic_rounding and dtypes[0] != torch.bfloat16:
         raise ValueError(f"stochastic rounding is for bfloat16 parameters, got {dtypes[0]}; leave it off for others")
-    if any(dtype not in TYPES for dtype in dtypes) or program.reach == "tree":
+    if any(dtype not in TYPES for dtype in dtypes) or program.reach in ("matrix", "tree"):
         return None
     launches = [*range(max(reduction_depths(program.kernel).values(), default=0)), None]
     sources = [triton_source(program, dtypes, stochastic_rounding, launch) for launch in launches]

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from metaopt.program.encoding import OPERATIONS, Code, require_programs
+from metaopt.program.encoding import FIRST_MATRIX_OP, OPERATIONS, Code, reads_matrices, require_programs
 from metaopt.program.inplace import COMPARISONS
 from metaopt.program.ops import OPS, REDUCTIONS
 from metaopt.program.population import Population
@@ -156,7 +156,7 @@ def _operation(op: str) -> str:
 
 def _reduction() -> list[str]:
     """The sum of a over the block in the launch that ends with it, and the number that it gives in later ones."""
-    names = OPERATIONS[len(OPS) :]
+    names = OPERATIONS[len(OPS) : FIRST_MATRIX_OP]
     parts = [[f"part = {REDUCTIONS[name].generated_part.format('a')}"] for name in names]
     finishes = [[f"number = {REDUCTIONS[name].triton.format('total', 'elements')}"] for name in names]
     first_of_trees = next(
@@ -209,6 +209,9 @@ class TritonPopulationStep:
         population: the programs.
         runs: int64 [R], the program of each run.
         sizes: the elements of the tensors that lie side by side in each run's row; None for one tensor.
+
+    Raises:
+        ValueError: runs on no GPU, or of programs that it lacks or that have matrix operations.
     """
 
     def __init__(self, population: Population, runs: Tensor, sizes: Sequence[int] | None = None) -> None:
@@ -216,6 +219,8 @@ class TritonPopulationStep:
         if runs.device.type != DEVICE:
             raise ValueError(f"runs must be on a {DEVICE} device, got {runs.device}; move them there")
         require_programs(code, runs)
+        if reads_matrices(code, runs).any():
+            raise ValueError("this machine has no matrix operations; step such programs by PopulationStep")
         self.population = population
         self.runs = runs.contiguous()
         self.sizes = None if sizes is None else tuple(map(int, sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from metaopt.dense.network import DenseNetwork
 from metaopt.kernels import Dtypes
 from metaopt.perparameter.features import Features, Slots
 from metaopt.perparameter.prepared import Prepared, Step
+from metaopt.program.encoding import reads_matrices
 from metaopt.program.population import Population
 from metaopt.program.program import Program
 from metaopt.replacing import Replacement
@@ -40,9 +42,13 @@ class TritonKernels:
         """See `metaopt_kernels.blockwise.blockwise_step`."""
         return blockwise_step(program, signed, dtypes)
 
-    def population(self, population: Population, runs: Tensor, sizes: Sequence[int]) -> TritonPopulationStep:
-        """See `metaopt_kernels.population`."""
-        return TritonPopulationStep(population, runs, sizes)
+    def population(
+        self, population: Population, runs: Tensor, shapes: Sequence[Sequence[int]]
+    ) -> TritonPopulationStep | None:
+        """See `metaopt_kernels.population`; None where a run's program has matrix operations."""
+        if reads_matrices(population.kernel, runs).any():
+            return None
+        return TritonPopulationStep(population, runs, [*map(math.prod, shapes)])
 
     def reaches(self, features: Features, shape: Sequence[int], like: Tensor) -> bool:
         """See `metaopt_kernels.network_step.supports`."""

@@ -22,6 +22,7 @@ from metaopt.export.elementwise import GUARDS, call_lines, slot_values, update_f
 from metaopt.export.names import Definition, Names, is_platform
 from metaopt.export.rewrite import ExportError, SelfUses, quoted, self_uses
 from metaopt.learned import LearnedRule
+from metaopt.program.ops import MATRIX_OPS
 from metaopt.rule import Declared, ElementwiseRule, TensorRule, UpdateRule
 from metaopt.space import Hyper
 
@@ -80,7 +81,7 @@ class Bundle:
         self._method_uses: dict[tuple[type, str], SelfUses] = {}
         self._loose: set[str] = set()
         roots = {type(part).__module__.split(".")[0] for part in _all_parts(rule)}
-        self.names = Names(self, {*reserved, told[1]}, roots)
+        self.names = Names(self, {*reserved, told[1], *MATRIX_OPS}, roots)
         self.names.copy(also)
         kind = self.kind_of(rule)
         for entry in ("init", "update"):
@@ -228,6 +229,7 @@ class Bundle:
         self.names.define(Definition(kind.function, source, "function"))
         for guard in guards:
             self.names.define(Definition(f"_{guard}", GUARDS[guard], "function"))
+        self.names.copy(MATRIX_OPS[op].plain for op in sorted(rule.program.matrix_ops))
         targets = ", ".join(["new_param", *(f"new_{slot}" for slot in rule.slots)])
         call = call_lines(rule, kind.function, targets, ["param", "grad", *_entries(rule.slots)], "hp", "float(t)")
         items = ", ".join(f'"{slot}": new_{slot}' for slot in rule.slots)

@@ -21,9 +21,11 @@ import metaopt
 from metaopt.export import templates
 from metaopt.export.bundle import Bundle
 from metaopt.export.elementwise import GUARDS, call_lines, is_printable, slot_values, update_function
+from metaopt.export.names import Names
 from metaopt.export.rewrite import ExportError, broken_call, quoted
 from metaopt.files import write_atomic
 from metaopt.learned import BoundRule, LearnedRule
+from metaopt.program.ops import MATRIX_OPS
 from metaopt.rule import (
     Context,
     Declared,
@@ -82,7 +84,7 @@ def module_source(
         raise ExportError(f"path must name a .py file, got {path.name!r}")
     imports: set[str] = {"import torch", "from torch.optim import Optimizer"}
     if isinstance(rule, ElementwiseRule) and is_printable(rule):
-        body, aside = _elementwise_body(rule, class_name, f"{name.lower()}_update"), None
+        body, aside = _elementwise_body(rule, class_name, f"{name.lower()}_update", imports), None
     else:
         body, aside = _bundle_body(rule, class_name, path, theta_limit, imports)
     head = f"{_header(rule, class_name, path)}\n\n{_imports(imports, body)}"
@@ -111,17 +113,19 @@ def camel_case(name: str) -> str:
 # --- the two kinds of file ------------------------------------------------------------------------------------------
 
 
-def _elementwise_body(rule: ElementwiseRule, name: str, function: str) -> str:
+def _elementwise_body(rule: ElementwiseRule, name: str, function: str, imports: set[str]) -> str:
     source, guards = update_function(rule, function)
     values = slot_values(rule, hp="self.defaults") or {}
+    called = sorted(rule.program.matrix_ops)
+    names = Names(None, {*_RESERVED, name, function}, ())
+    names.copy(MATRIX_OPS[op].plain for op in called)
+    imports |= names.imports
+    functions = [*(GUARDS[guard] for guard in guards), *names.ordered()]
     if rule.program.reach == "tree":
         step = _tree_step(rule, function, values)
-        parts = [
-            *(GUARDS[guard] for guard in guards),
-            templates.TREE.strip(),
-            source,
-            _optimizer_class(rule, name, step),
-        ]
+        each = [f"{op} = functools.partial(_each, {op})" for op in called]
+        parts = [*functions, templates.TREE.strip(), "\n".join(each), source, _optimizer_class(rule, name, step)]
+        parts = [part for part in parts if part]
         return "\n\n\n".join([*parts, _domains(rule), templates.SMOKE.format(name=name, arguments="").strip()])
     init = [f'state["{slot}"] = {value.replace("param", "wide")}' for slot, value in values.items()]
     slots = [f'state["{slot}"]' for slot in rule.slots]
@@ -129,7 +133,7 @@ def _elementwise_body(rule: ElementwiseRule, name: str, function: str) -> str:
     step = templates.ELEMENTWISE_STEP.format(
         init=textwrap.indent("\n".join(init), " " * 12), call=textwrap.indent("\n".join(call), " " * 8)
     ).replace("\n\n        state[", "\n        state[")
-    parts = [*(GUARDS[guard] for guard in guards), source, _optimizer_class(rule, name, step)]
+    parts = [*functions, source, _optimizer_class(rule, name, step)]
     return "\n\n\n".join([*parts, _domains(rule), templates.SMOKE.format(name=name, arguments="").strip()])
 
 

@@ -53,12 +53,12 @@ class Names:
     """The top level of the file: imports and definitions, under names that do not clash.
 
     Args:
-        rules: the bundle that rule objects belong to.
+        rules: the bundle that rule objects belong to; None where the code names none.
         reserved: names that are taken.
         roots: packages, beside metaopt's, whose code may be copied.
     """
 
-    def __init__(self, rules: _Rules, reserved: Iterable[str], roots: Iterable[str]) -> None:
+    def __init__(self, rules: _Rules | None, reserved: Iterable[str], roots: Iterable[str]) -> None:
         self.imports: set[str] = set()
         self._rules = rules
         self._roots = {"metaopt", "__main__", *roots}
@@ -93,6 +93,7 @@ class Names:
     def define_instances(self) -> None:
         """Define the rules that are constants of modules, when all that they reach is known."""
         for name, rule in self._instances:
+            assert self._rules is not None
             text = f"{name} = {self._rules.instance(rule)}"
             self.define(Definition(name, text, "instance", set(re.findall(r"\w+", text)) - {name}))
 
@@ -161,7 +162,7 @@ class Names:
             value = getattr(value, wanted)
             depth += 1
         name = self.name_of(value, wanted, home, what)
-        if isinstance(value, Declared) and depth < len(use.attributes):
+        if self._rules is not None and isinstance(value, Declared) and depth < len(use.attributes):
             self._rules.reach(self._rules.kind_of(value), use.attributes[depth])
         written = ".".join([use.name, *use.attributes[:depth]])
         return name, [(use.start, use.ends[depth], name)] if name != written else []
@@ -178,7 +179,7 @@ class Names:
     def _new_name(self, value: Any, wanted: str, home: str, what: str) -> str:
         if isinstance(value, ModuleType):
             return self._import(*value.__name__.rpartition(".")[::2], wanted)
-        if isinstance(value, Declared):
+        if self._rules is not None and isinstance(value, Declared):
             name = self.claim(wanted)
             self._rules.kind_of(value)
             self._instances.append((name, value))

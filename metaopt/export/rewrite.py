@@ -70,7 +70,9 @@ def _is_source_of(source: str, thing: Any) -> bool:
     return isinstance(node, ast.ClassDef) and inspect.isclass(thing) and node.name == thing.__name__
 
 
-def plain(source: str, dropped_decorators: tuple[str, ...] = ("abstractmethod", "override", "replaceable")) -> str:
+def plain(
+    source: str, dropped_decorators: tuple[str, ...] = ("abstractmethod", "override", "overridable", "replaceable")
+) -> str:
     """``source`` without annotations of functions and variables, comments for tools, and the decorators named.
 
     Fields of classes keep theirs: a dataclass is made of them.

@@ -4,16 +4,18 @@ from metaopt.program.build import compiler
 from metaopt.program.cpp import CppStep, compile_cpp, cpp_source
 from metaopt.program.inplace import compile_in_place, in_place_source
 from metaopt.program.loss import ProgramObjective
-from metaopt.program.ops import OPS, REDUCTIONS, Op, Reduction
+from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS, MatrixOp, Op, Reduction
 from metaopt.program.parse import ProgramTextError, parse_program
 from metaopt.program.program import Program, Statement, evaluate, evaluate_tree
 from metaopt.program.source import python_source
 from metaopt.program.trace import TraceError, global_norm, global_sum, trace, where
 
 __all__ = [
+    "MATRIX_OPS",
     "OPS",
     "REDUCTIONS",
     "CppStep",
+    "MatrixOp",
     "Op",
     "Program",
     "ProgramObjective",

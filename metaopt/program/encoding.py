@@ -20,14 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS
 from metaopt.program.program import Arg, Statement, reduction_depths
 
 OPERATIONS = (
     *sorted(OPS, key=lambda name: OPS[name].arity),
     *sorted(REDUCTIONS, key=lambda name: REDUCTIONS[name].over),
+    *MATRIX_OPS,
 )
-"""What each opcode does. One operand to three, then reductions of tensors and of trees: comparisons tell them apart."""
+"""What each opcode does. One operand to three, reductions of tensors and of trees, matrix operations: comparisons tell them
+apart."""
+
+FIRST_MATRIX_OP = len(OPS) + len(REDUCTIONS)
+"""The lowest opcode of a matrix operation."""
 
 _OPCODES = {name: k for k, name in enumerate(OPERATIONS)}
 
@@ -53,6 +58,11 @@ class Code:
     literals: Tensor
     inputs: int
     registers: int
+
+
+def reads_matrices(code: Code, runs: Tensor) -> Tensor:
+    """Whether each run's program has matrix operations, bool [R] on the device of ``runs``."""
+    return (code.instructions[..., 0] >= FIRST_MATRIX_OP).any(1).to(runs.device)[runs]
 
 
 def require_programs(code: Code, runs: Tensor) -> None:

@@ -72,8 +72,10 @@ def in_place_source(program: Program, *, lists: bool) -> str:
         Python source that needs the name ``torch`` and never writes ``grad``.
 
     Raises:
-        ValueError: a name that Python cannot take as an argument.
+        ValueError: a name that Python cannot take as an argument, or a program that is not elementwise throughout.
     """
+    if program.reach != "element":
+        raise ValueError("a program with reductions or matrix operations has no step in place; run it by evaluate_tree")
     names = [*program.tensors, *program.scalars, *(s.target for s in program.statements)]
     for name in names:
         if not name.isidentifier() or keyword.iskeyword(name) or name in ("torch", "zip"):

@@ -1,6 +1,7 @@
 """The closed set of operations of the expression language, with every form that one of them takes.
 
-`OPS` act element by element; `REDUCTIONS` make one number of a tensor, or of all tensors of a tree.
+`OPS` act element by element; `REDUCTIONS` make one number of a tensor, or of all tensors of a tree; `MATRIX_OPS` see a tensor
+as a matrix.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from metaopt import matrix
 
 
 @dataclass(frozen=True)
@@ -209,3 +212,29 @@ REDUCTIONS: dict[str, Reduction] = {
 }
 # fmt: on
 """Of element values only: a number has no elements to be summed."""
+
+
+@dataclass(frozen=True)
+class MatrixOp:
+    """A function of a tensor as a matrix (`metaopt.matrix.as_matrix`). No kernel has it: torch does.
+
+    Attributes:
+        plain: on one tensor, differentiable; its name is the one in programs and in Python.
+        counts: gives one number of the tensor, else a tensor of the same shape.
+    """
+
+    plain: Callable[[Tensor], Tensor]
+    counts: bool = False
+
+
+MATRIX_OPS: dict[str, MatrixOp] = {
+    op.plain.__name__: op
+    for op in (
+        MatrixOp(matrix.orthogonalise),
+        MatrixOp(matrix.row_mean),
+        MatrixOp(matrix.column_mean),
+        MatrixOp(matrix.row_count, counts=True),
+        MatrixOp(matrix.column_count, counts=True),
+    )
+}
+"""Of element values only, as reductions are."""

@@ -11,7 +11,7 @@ import math
 import re
 from typing import NoReturn
 
-from metaopt.program.ops import OPS
+from metaopt.program.ops import MATRIX_OPS, OPS
 from metaopt.program.program import Program
 from metaopt.program.trace import Symbol, TraceError, Tracer, renamed, without_dead
 
@@ -30,7 +30,8 @@ _OPERATORS: dict[type[ast.operator], str] = {
 }  # fmt: skip
 _COMPARISONS: dict[type[ast.cmpop], str] = {ast.Gt: "gt", ast.Lt: "lt", ast.GtE: "ge", ast.LtE: "le"}
 _FUNCTIONS = {
-    "where": "where", "global_sum": "global_sum", "global_norm": "global_norm", **{f"_{op}": op for op in OPS}
+    "where": "where", "global_sum": "global_sum", "global_norm": "global_norm", **{name: name for name in MATRIX_OPS},
+    **{f"_{op}": op for op in OPS},
 }  # fmt: skip
 """Functions without a module: `metaopt.program.trace`'s, and what exported files define."""
 _OF_NUMBERS = {"abs": "abs", "max": "maximum", "min": "minimum"}
@@ -74,8 +75,8 @@ def parse_program(source: str) -> Program:
     `python_source` does. It returns the new parameter and slots; where no ``*`` parts the arguments, the tensors are as many as
     that says, and first. Parameter and gradient may have other names. Assignments, also augmented ones, are of names; in
     expressions there are numbers, ``+ - * / **``, comparisons, ``a if number > 0 else b``, torch functions and tensor methods
-    of the expression language, ``math`` functions of numbers, ``global_sum`` and ``global_norm``. Annotations and docstrings
-    are skipped.
+    of the expression language, ``math`` functions of numbers, ``global_sum``, ``global_norm`` and the functions of matrices.
+    Annotations and docstrings are skipped.
 
     Args:
         source: Python.

@@ -6,11 +6,13 @@ hyperparameters, then the literals of its program. The prelude is encoded likewi
 run in float64.
 
 The machine is C++ for tensors of a CPU (`metaopt.program.population_cpp`), else torch operations, each over all runs that want
-it next; `metaopt_kernels.population` is the same machine as one launch. All compute what `evaluate_tree` computes.
+it next, as always for programs with matrix operations; `metaopt_kernels.population` is the same machine as one launch. All
+compute what `evaluate_tree` computes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.program.encoding import OPERATIONS, Code, assemble, require_programs, stack
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.encoding import OPERATIONS, Code, assemble, reads_matrices, require_programs, stack
+from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS
 from metaopt.program.population_cpp import CppMachine
 from metaopt.program.program import Program
 from metaopt.program.trace import without_dead
@@ -136,13 +138,23 @@ class PopulationStep:
         population: the programs.
         runs: int64 [R], the program of each run.
         sizes: the elements of the tensors that lie side by side in each run's row; None for one tensor.
+
+    Args:
+        sizes: of the tensors their elements or, for matrix operations, their shapes: an int is a vector's.
     """
 
-    def __init__(self, population: Population, runs: Tensor, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, population: Population, runs: Tensor, sizes: Sequence[int | Sequence[int]] | None = None
+    ) -> None:
+        require_programs(population.kernel, runs)
         self.population = population
         self.runs = runs
-        self.sizes = None if sizes is None else tuple(map(int, sizes))
-        self._machine = _Machine(population.kernel, runs, self.sizes)
+        shapes = None if sizes is None else [(size,) if isinstance(size, int) else tuple(size) for size in sizes]
+        self.sizes = None if shapes is None else tuple(map(math.prod, shapes))
+        of_matrices = reads_matrices(population.kernel, runs)
+        mixed = bool(of_matrices.any()) and not bool(of_matrices.all())
+        parts = [~of_matrices, of_matrices] if mixed else [torch.ones_like(of_matrices)]
+        self._machines = [(part, _Machine(population.kernel, runs[part], shapes)) for part in parts]
 
     def __call__(self, params: Tensor, grads: Tensor, slots: Tensor, numbers: Tensor) -> None:
         """Update parameters and slots in place, outside autograd.
@@ -157,7 +169,14 @@ class PopulationStep:
             ValueError: tensors of other shapes, dtypes or devices.
         """
         self.population.check(self.runs, self.sizes, params, grads, slots, numbers)
-        self._machine([params, grads, *slots], numbers, [params, *slots])
+        if len(self._machines) == 1:
+            self._machines[0][1]([params, grads, *slots], numbers, [params, *slots])
+            return
+        for part, machine in self._machines:
+            own, *rest = (tensor[part] for tensor in (params, grads, *slots))
+            machine([own, *rest], numbers[part], [own, *rest[1:]])
+            for whole, new in zip((params, *slots), (own, *rest[1:]), strict=True):
+                whole[part] = new
 
 
 class _Operand(NamedTuple):
@@ -177,14 +196,15 @@ class _Group(NamedTuple):
 
 
 class _Machine:
-    """R runs of `Code`."""
+    """R runs of `Code`: in all of them or in none there are matrix operations."""
 
-    def __init__(self, code: Code, runs: Tensor, sizes: Sequence[int] | None = None) -> None:
-        require_programs(code, runs)
+    def __init__(self, code: Code, runs: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> None:
         self._code = code
         self._runs = runs
-        self._sizes = sizes
-        self._in_cpp = CppMachine(code, runs, sizes) if runs.is_cpu else None
+        self._shapes = shapes
+        self._sizes = None if shapes is None else [*map(math.prod, shapes)]
+        in_cpp = runs.is_cpu and not bool(reads_matrices(code, runs).any())
+        self._in_cpp = CppMachine(code, runs, self._sizes) if in_cpp else None
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor], numbers: Tensor, outputs: Sequence[Tensor]) -> None:
@@ -211,7 +231,12 @@ class _Machine:
             args = [values(operand) for operand in operands]
             if op == "where":
                 args[0] = args[0] != 0
-            result = self._reduced(op, *args) if op in REDUCTIONS else OPS[op].plain(*args).to(rows.dtype)
+            if op in REDUCTIONS:
+                result = self._reduced(op, *args)
+            elif op in MATRIX_OPS:
+                result = self._of_matrices(op, *args)
+            else:
+                result = OPS[op].plain(*args).to(rows.dtype)
             rows.index_copy_(0, target, result.expand(-1, width))
         for output, moves in zip(outputs, results, strict=True):
             for operand in moves:
@@ -224,6 +249,15 @@ class _Machine:
         parts = reduction.part(values).split(values.shape[1] if whole else self._sizes, dim=1)
         numbers = [reduction.finish(part.sum(1, keepdim=True), part.shape[1]).expand_as(part) for part in parts]
         return torch.cat(numbers, dim=1)
+
+    def _of_matrices(self, op: str, values: Tensor) -> Tensor:
+        """A matrix operation on each tensor, of all runs at once."""
+        shapes, sizes = self._shapes or [values.shape[1:]], self._sizes or [values.shape[1]]
+        found = []
+        for part, shape in zip(values.split(sizes, dim=1), shapes, strict=True):
+            made = torch.vmap(MATRIX_OPS[op].plain)(part.reshape(len(part), *shape))
+            found.append(made.reshape(len(part), -1).expand_as(part))
+        return torch.cat(found, dim=1)
 
     @cached_property
     def _plan(self) -> tuple[list[_Group], list[list[_Operand]]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaopt.program.build import CPP_TYPES, PRELUDE, compiler, load_library
 from metaopt.program.cpp import EXTREMA, SERIAL_BELOW
-from metaopt.program.encoding import OPERATIONS, Code
+from metaopt.program.encoding import FIRST_MATRIX_OP, OPERATIONS, Code
 from metaopt.program.ops import OPS, REDUCTIONS
 
 _MACHINE = Path(__file__).with_name("population.cpp")
@@ -123,7 +123,7 @@ class CppMachine:
     """R runs of `Code`.
 
     Args:
-        code: N programs.
+        code: N programs; those that run have no matrix operations.
         runs: int64 [R] on the CPU, the program of each run.
         sizes: the elements of the tensors in a run's row; None for one.
     """
@@ -188,7 +188,8 @@ def _built(dtype: torch.dtype, command: str, cache: str | None) -> ctypes.CDLL |
         extrema=EXTREMA,
         operations="\n    ".join(f"case {k}: return {_operation(op)};" for k, op in enumerate(OPERATIONS[: len(OPS)])),
         reductions="\n    ".join(
-            f"case {k}: return {_reduction(op)};" for k, op in enumerate(OPERATIONS[len(OPS) :], start=len(OPS))
+            f"case {k}: return {_reduction(op)};"
+            for k, op in enumerate(OPERATIONS[len(OPS) : FIRST_MATRIX_OP], start=len(OPS))
         ),
     )
     machine = _MACHINE.read_text("utf-8").replace("SERIAL_BELOW", str(SERIAL_BELOW))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS
 
 Arg = str | float
 """The name of an input or an earlier statement, or a constant."""
@@ -37,8 +37,8 @@ class Program:
         outputs: of a rule what the parameter and each slot become, in the order ``param, *slots``; of a loss, the loss.
 
     Raises:
-        ValueError: an unknown op, a wrong number of arguments, a name used before it is assigned, or a reduction of what is
-            no tensor.
+        ValueError: an unknown op, a wrong number of arguments, a name used before it is assigned, or a reduction or matrix
+            operation of what is no tensor.
     """
 
     scalars: tuple[str, ...]
@@ -49,8 +49,9 @@ class Program:
     def __post_init__(self) -> None:
         known = set(self.scalars) | set(self.tensors)
         for s in self.statements:
-            if s.op not in OPS and s.op not in REDUCTIONS:
-                raise ValueError(f"unknown operation {s.op!r}; the language has {', '.join([*OPS, *REDUCTIONS])}")
+            if s.op not in OPS and s.op not in REDUCTIONS and s.op not in MATRIX_OPS:
+                names = ", ".join([*OPS, *REDUCTIONS, *MATRIX_OPS])
+                raise ValueError(f"unknown operation {s.op!r}; the language has {names}")
             arity = OPS[s.op].arity if s.op in OPS else 1
             if len(s.args) != arity:
                 raise ValueError(f"{s.op} takes {arity} arguments, got {len(s.args)} in {s.target}")
@@ -63,8 +64,8 @@ class Program:
             raise ValueError(f"a program over {self.tensors} has {expected} outputs, got {len(self.outputs)}")
         self._require(known, self.outputs)
         for s in self.statements:
-            if s.op in REDUCTIONS and s.args[0] not in self.element_names:
-                raise ValueError(f"{s.op} in {s.target} reduces {s.args[0]!r}, which has one value per tensor already")
+            if s.op not in OPS and s.args[0] not in self.element_names:
+                raise ValueError(f"{s.op} in {s.target} is of {s.args[0]!r}, which has one value per tensor already")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Program, (self.scalars, self.tensors, self.statements, self.outputs))  # not what was cached
@@ -94,15 +95,24 @@ class Program:
         """Everything that has a value per element of a tensor; what is neither this nor scalar has one per tensor."""
         names = set(self.tensors)
         for s in self.statements:
-            if s.op not in REDUCTIONS and not names.isdisjoint(s.args):
+            counts = s.op in MATRIX_OPS and MATRIX_OPS[s.op].counts
+            if s.op not in REDUCTIONS and not counts and not names.isdisjoint(s.args):
                 names.add(s.target)
         return frozenset(names)
 
     @cached_property
-    def reach(self) -> Literal["element", "tensor", "tree"]:
-        """How far the new value of an element looks: at its own values, at all of its tensor, or at all tensors."""
+    def reach(self) -> Literal["element", "tensor", "matrix", "tree"]:
+        """How far the new value of an element looks: at its own values, at all of its tensor, at its row and column, or at
+        all tensors."""
         over = {REDUCTIONS[s.op].over for s in self.statements if s.op in REDUCTIONS}
-        return "tree" if "tree" in over else "tensor" if over else "element"
+        if "tree" in over:
+            return "tree"
+        return "matrix" if self.matrix_ops else "tensor" if over else "element"
+
+    @cached_property
+    def matrix_ops(self) -> frozenset[str]:
+        """The matrix operations among its statements: tensors need their shapes."""
+        return frozenset(s.op for s in self.statements if s.op in MATRIX_OPS)
 
     @cached_property
     def prelude(self) -> tuple[Statement, ...]:
@@ -208,7 +218,8 @@ def evaluate_tree(
             continue
         for values in leaves:
             args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
-            value = OPS[s.op].plain(*_operands(s.op, args, dtype))
+            plain: Callable[..., Any] = MATRIX_OPS[s.op].plain if s.op in MATRIX_OPS else OPS[s.op].plain
+            value = plain(*_operands(s.op, args, dtype))
             values[s.target] = value.to(dtype) if s.op == "where" else value
     return [
         [_as_tensor(values[out] if isinstance(out, str) else out, values[first]) for out in program.outputs]

@@ -6,14 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Collection
 
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS
 from metaopt.program.program import Arg, Program, Statement
 
 
 def python_source(program: Program, name: str = "update", coefficients_name: str = "coefficients") -> str:
     """Two functions as text: the scalar arithmetic, and the update of one tensor (out of place, torch only).
 
-    The source computes what `metaopt.program.evaluate` computes, in the same order.
+    The source computes what `metaopt.program.evaluate` computes, in the same order. Functions of matrices are those of
+    `metaopt.matrix`, under their names.
     """
     return f"{coefficients_source(program, coefficients_name)}\n\n\n{update_source(program, name)}"
 
@@ -98,6 +99,9 @@ class Writer:
             return f"torch.zeros_like({self.like}) + {self.number(out, 6)}"
         made = self.by_name.get(str(out))
         if made is not None and made.op == "where" and self.is_scalar(made.args[0]):
+            names = self.program.element_names
+            if any(not self.is_scalar(branch) and branch not in names for branch in made.args[1:]):
+                return f"torch.zeros_like({self.like}) + ({self.text(out, 0)})"  # that branch is one number
             return f"({self.text(out, 0)}).clone()"  # a branch may be an input
         return f"{out}.clone()" if out in self.program.tensors else self.number(out, 0)
 
@@ -114,6 +118,8 @@ class Writer:
         if s.op in REDUCTIONS:
             method = REDUCTIONS[s.op].python
             return method.format(self.number(s.args[0], 9 if method.startswith("{0}") else 0)), 9
+        if s.op in MATRIX_OPS:
+            return f"{s.op}({self.number(s.args[0], 0)})", 9
         op = OPS[s.op]
         if s.op == "where":
             return self.choice(s, scalar)

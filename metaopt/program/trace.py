@@ -12,7 +12,7 @@ from typing import Any, Never
 import torch
 
 from metaopt.objective import Objective
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS
 from metaopt.program.program import Arg, Program, Statement
 from metaopt.rule import Declared, ElementwiseRule, HyperValues, flat_hp
 from metaopt.space import Hyper, declarations
@@ -50,7 +50,8 @@ _SAYING_NOTHING = {"mean": _WHOLE, "norm": {"p": (2, "fro"), **_WHOLE}, "linalg_
 
 _REDUCTIONS = (
     "of a whole tensor there are x.norm() and x.mean(), of all tensors together global_norm(x) and global_sum(x) "
-    "(of metaopt.program)"
+    "(of metaopt.program), "
+    f"of a matrix (of metaopt.matrix) {', '.join(f'{name}(x)' for name in MATRIX_OPS)}"
 )
 
 
@@ -196,6 +197,10 @@ class Tracer:
             return activation(self.emit, name, args[0])
         if name in _REDUCTION_NAMES:
             return self._reduction(name, args, kwargs)
+        if name in MATRIX_OPS:
+            if len(args) != 1 or kwargs:
+                raise TraceError(f"{name} takes one value and nothing else")
+            return self.emit(name, args[0])
         if name not in _TORCH_NAMES:
             raise _outside(name)
         op = _TORCH_NAMES[name]
@@ -403,7 +408,7 @@ def without_dead(program: Program) -> Program:
 
 def renamed(program: Program, names: dict[str, str]) -> Program:
     """Give statements the author's names; a name that is taken gets ``new_`` or a number."""
-    taken = {*program.scalars, *program.tensors}
+    taken = {*program.scalars, *program.tensors, "global_sum", "global_norm", *MATRIX_OPS}  # which source calls
     mapping: dict[Arg, str] = {}
     for s in program.statements:
         complement = s.op == "sub" and s.args[0] == 1.0 and s.args[1] in program.scalars

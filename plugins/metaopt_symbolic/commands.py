@@ -29,8 +29,8 @@ def rule(
     start: Annotated[
         str,
         typer.Option(
-            help="The program to start from: adamw, lion, rmsprop, momentum, adabelief, a program's file.txt, or a rule of "
-            "elementwise text, registered or FILE.py:RULE."
+            help="The program to start from: adamw, lion, rmsprop, momentum, adabelief, muon, a program's file.txt, or a rule "
+            "of elementwise text, registered or FILE.py:RULE."
         ),
     ] = "adamw",
     tasks: Tasks = "search",

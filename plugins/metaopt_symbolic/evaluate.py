@@ -164,8 +164,9 @@ class _Course:
         return losses, curve / self.horizon, diverged
 
     def _step(self, program: Tensor) -> RunsStep:
-        found = None if self.kernels is None else self.kernels.population(self.population, program, self.sizes)
-        return found or PopulationStep(self.population, program, self.sizes)
+        shapes = [*self.shapes.values()]
+        found = None if self.kernels is None else self.kernels.population(self.population, program, shapes)
+        return found or PopulationStep(self.population, program, shapes)
 
     def _indices(self, at: Tensor) -> Tensor:
         """The examples [S, T, B] of these T steps: those of the unroll."""

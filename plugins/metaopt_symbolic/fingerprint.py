@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from metaopt.program.population import PopulationStep, encode
 from metaopt.program.program import Program, evaluate
 
-_PROBES, _STEPS, _SIZES = 2, 4, (600, 400)
-"""Of two tensors, so that norms of a tensor and of the tree differ; a slot that was written can pass through two others. There
-are many elements because a thousandth of a constant changes one sign of a thousand."""
+_PROBES, _STEPS, _SHAPES = 2, 4, ((30, 20), (8, 50))
+"""Of two matrices, a tall and a wide one, so that norms of a tensor and of the tree differ; a slot that was written can pass
+through two others. There are many elements because a thousandth of a constant changes one sign of a thousand."""
 
 _AT_ONCE = 256
 """Programs, so that memory stays small."""
@@ -72,7 +73,7 @@ def _fingerprint(programs: Sequence[Program]) -> Fingerprints:
 
 def _updates(programs: Sequence[Program]) -> NDArray[np.float64]:
     """[N, probes, steps, elements]."""
-    count, elements = len(programs), sum(_SIZES)
+    count, elements = len(programs), sum(map(math.prod, _SHAPES))
     rng = np.random.default_rng(0)
 
     def spread(shape: Sequence[int], low: float, high: float) -> torch.Tensor:
@@ -87,7 +88,7 @@ def _updates(programs: Sequence[Program]) -> NDArray[np.float64]:
     }
     population = encode([_of_update(program) for program in programs])
     runs = torch.arange(count).repeat_interleave(_PROBES)
-    step = PopulationStep(population, runs, _SIZES)
+    step = PopulationStep(population, runs, _SHAPES)
     numbers = population.numbers(runs, scalars, torch.float64).expand(_STEPS, -1, -1)
     slots = torch.zeros(population.kernel.inputs - 2, len(runs), elements, dtype=torch.float64)
     updates = params.repeat(1, count, 1)
@@ -98,7 +99,7 @@ def _updates(programs: Sequence[Program]) -> NDArray[np.float64]:
 
 def _slopes(programs: Sequence[Program]) -> NDArray[np.float64]:
     """[N, probes, inputs, examples]."""
-    rng, examples = np.random.default_rng(0), sum(_SIZES)
+    rng, examples = np.random.default_rng(0), sum(map(math.prod, _SHAPES))
     shape = len(programs[0].tensors), examples
     inputs = [
         torch.from_numpy(rng.choice([-1.0, 1.0], shape) * 10 ** rng.uniform(-3, 1.5, shape)) for _ in range(_PROBES)

@@ -426,6 +426,24 @@ def train(w, g, m, v, lr):
     update = mul(update, lr)
     return update, m, v
 """,
+    # all tensors as matrices, at the scale of AdamW's updates (https://arxiv.org/abs/2502.16982)
+    "muon": """\
+def train(w, g, m, lr):
+    m = interpolate(g, m, 0.95)
+    ahead = interpolate(g, m, 0.95)
+    update = orthogonalise(ahead)
+    rows = row_count(w)
+    columns = column_count(w)
+    longest = max(rows, columns)
+    scale = sqrt(longest)
+    scale = mul(scale, 0.2)
+    update = mul(update, scale)
+    decay = mul(w, 0.1)
+    update = add(update, decay)
+    lr = mul(lr, 0.001)
+    update = mul(update, lr)
+    return update, m
+""",
 }
 """Programs to start from, by name; any registered `ElementwiseRule` is one too (`from_rule`)."""
 

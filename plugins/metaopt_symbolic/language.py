@@ -8,7 +8,8 @@ forty-fifth, ``invert``, is bitwise, which floating-point numbers have not. Doma
 
 ``norm`` is of each tensor by itself; ``global_norm``, ``dot``, ``cosine_sim`` and ``clip_by_global_norm`` are of all tensors of
 the tree together. Beyond the paper there are `EXTRAS`: what traced rules need (division and roots as they are, comparisons), so
-that any of them can start a search, and what losses are made of.
+that any of them can start a search, and what losses are made of; and functions of `MATRICES`, where a vector is a matrix of one
+row.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
+from metaopt.program.ops import MATRIX_OPS
 from metaopt.program.program import Arg
 from metaopt.program.trace import activation
 
@@ -193,12 +195,21 @@ EXTRAS: dict[str, Function] = _table(
     Function("relu", 1, _activation("relu")),
     Function("sigmoid", 1, _activation("sigmoid")),
     Function("logsigmoid", 1, _activation("logsigmoid")),
+    Function("clip", 2, lambda e, x, bound: e("maximum", e("minimum", x, bound), e("neg", bound))),
 )
 """Beyond the paper; a search inserts them when asked to."""
 
-FUNCTIONS: dict[str, Function] = PAPER | EXTRAS
+MATRICES: dict[str, Function] = _table(
+    *(Function(name, 1, _op(name), reduces=op.counts, of_tensors=1) for name, op in MATRIX_OPS.items())
+)
+"""Of a tensor as a matrix (`metaopt.matrix`): what rules such as Muon, Shampoo and Adafactor are made of."""
+
+FUNCTIONS: dict[str, Function] = PAPER | EXTRAS | MATRICES
 NUMBER_OF = {name: k for k, name in enumerate(FUNCTIONS)}
 """A function's number in arrays of programs."""
+
+INSERTED = {"paper": tuple(PAPER), "all": tuple(PAPER | EXTRAS), "matrix": tuple(PAPER | MATRICES)}
+"""What inserted statements call, by the option ``functions`` of a searcher."""
 
 OF_OPERATION = {
     "maximum": "max", "minimum": "min", "neg": "negative", "pow": "power", "div": "exact_div", "sqrt": "exact_sqrt",

@@ -32,6 +32,10 @@ def metaopt_proposers() -> list[Spec]:
             "policy", f"{place}:Policy", "evolution whose new statements are drawn from a learned distribution",
             ("rule",), "Baluja, 1994, CMU-CS-94-163",
         ),
+        Spec(
+            "trees", "metaopt_symbolic.trees:Trees", "aging evolution of small expression trees over moments, from scratch",
+            ("rule",), "Bello et al., 2017, https://arxiv.org/abs/1709.07417",
+        ),
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaopt.files import write_atomic
-from metaopt.program.ops import OPS
+from metaopt.program.ops import MATRIX_OPS, OPS
 from metaopt.program.program import Arg, Program, Statement
 from metaopt.program.source import Writer
 from metaopt.program.trace import without_dead
@@ -288,9 +288,10 @@ def _elementwise(arguments: Sequence[str], body: Sequence[str]) -> str:
 
 def _imports(text: str) -> str:
     tree = [f"global_{kind}" for kind in ("norm", "sum") if f"global_{kind}(" in text]
+    matrix = [op for op in sorted(MATRIX_OPS) if f"{op}(" in text]
     rule = ["ElementwiseRule", *(["HyperValues"] if "HyperValues" in text else [])]
     space = [name for name in ("hyper", "learning_rate") if f"= {name}(" in text]
-    modules = {"metaopt.program": tree, "metaopt.rule": rule, "metaopt.space": space}
+    modules = {"metaopt.matrix": matrix, "metaopt.program": tree, "metaopt.rule": rule, "metaopt.space": space}
     ours = [f"from {module} import {', '.join(names)}\n" for module, names in modules.items() if names]
     return "\nimport torch\n\n" * ("torch." in text) + "\n" * ("torch." not in text) + "".join(ours).rstrip()
 

@@ -377,13 +377,8 @@ class Search:
             bests.setdefault(elite.worker, elite)
         for elite in bests.values():
             if elite.worker != self.worker and elite.digest not in self._welcomed and -elite.score > self._own_best:
-                self._searcher.welcome(self._alike(parse(elite.text)), -elite.score)
+                self._searcher.welcome(parse(elite.text), -elite.score)
                 self._welcomed.add(elite.digest)
-
-    def _alike(self, genome: Genome) -> Genome:
-        """The genome with the slots that it has lost: all members of a population have the same inputs."""
-        start = self._start
-        return dataclasses.replace(genome, tensors=start.tensors, scalars=start.scalars, outputs=start.outputs)
 
     @property
     def _own_best(self) -> float:

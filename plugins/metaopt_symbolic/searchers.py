@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaopt_symbolic.genome import Genome
-from metaopt_symbolic.language import FUNCTIONS, NUMBER_OF, PAPER
+from metaopt_symbolic.language import FUNCTIONS, INSERTED, NUMBER_OF
 from metaopt_symbolic.mutation import Mutation
 from metaopt_symbolic.population import Genomes
 
@@ -59,12 +59,13 @@ class Evolution:
         tournament: members that compete to be a parent.
         patience: candidates without improvement before a restart; 0: never.
         parsimony: fitness that a statement costs in tournaments; what gains less than it counts as no improvement.
-        functions: ``"paper"`` or ``"all"``, what inserted statements may call.
+        functions: what inserted statements may call (`INSERTED`): ``"paper"``; ``"all"``, with what traced rules need; or
+            ``"matrix"``, the paper's and functions of matrices.
         mutation: the other settings of `Mutation`, by name; what is not named is as in the paper.
 
     Raises:
-        ValueError: a population below 2, a tournament outside [1, population], a negative patience or parsimony, or settings
-            that `Mutation` has not.
+        ValueError: a population below 2, a tournament outside [1, population], a negative patience or parsimony, other
+            functions, or settings that `Mutation` has not.
     """
 
     def __init__(
@@ -81,14 +82,11 @@ class Evolution:
                 f"population must be at least 2, tournament in [1, population], patience and parsimony at least 0, "
                 f"got {population}, {tournament}, {patience} and {parsimony}"
             )
-        if functions not in ("paper", "all"):
-            raise ValueError(f"functions must be paper or all, got {functions!r}")
-        table = PAPER if functions == "paper" else FUNCTIONS
         known = {f.name for f in dataclasses.fields(Mutation)} - {"functions"}
         if unknown := set(mutation) - known:
             raise ValueError(f"mutation has the settings {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
         self._size, self._tournament, self._patience, self._parsimony = population, tournament, patience, parsimony
-        self._mutation = Mutation(functions=tuple(table), **mutation)
+        self._mutation = Mutation(functions=_inserted(functions), **mutation)
 
     def begin(self, start: Genome, fitness: float) -> None:
         """See `Searcher.begin`."""
@@ -103,15 +101,19 @@ class Evolution:
 
     def ask(self, count: int, generator: np.random.Generator) -> tuple[Genomes, Genomes]:
         """See `Searcher.ask`; at most half the population at once, else a generation would be its own parents."""
+        parents = self._members.select(self._chosen(count, generator))
+        return self._mutation.children(parents, generator), parents
+
+    def _chosen(self, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """The winners of tournaments."""
         if 2 * count > self._size:
             raise ValueError(
                 f"a population of {self._size} can be asked for at most {self._size // 2} children, got {count}"
             )
         drawn = generator.integers(self._size, size=(count, self._tournament))
         merit = self._fitness - self._parsimony * self._members.lengths
-        chosen = drawn[np.arange(count), merit[drawn].argmax(1)]
-        parents = self._members.select(chosen)
-        return self._mutation.children(parents, generator), parents
+        chosen: NDArray[np.int64] = drawn[np.arange(count), merit[drawn].argmax(1)]
+        return chosen
 
     def tell(self, candidates: Genomes, fitness: NDArray[np.float64]) -> None:
         """See `Searcher.tell`."""
@@ -135,8 +137,10 @@ class Evolution:
         return self._best[0][0], self._best[1]
 
     def welcome(self, genome: Genome, fitness: float) -> None:
-        """See `Searcher.welcome`; takes the place of the oldest member."""
-        self.tell(Genomes.of([genome], MAX_LENGTH, self._members.variables), np.array([fitness]))
+        """See `Searcher.welcome`; takes the place of the oldest member, with the slots that it has lost."""
+        v = self._members.variables
+        whole = Genome(v.tensors, v.scalars, v.outputs, genome.body)
+        self.tell(Genomes.of([whole], MAX_LENGTH, v), np.array([fitness]))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See `Searcher.state`."""
@@ -217,14 +221,17 @@ class RandomSearch:
 
     Args:
         most: mutations of a candidate, at most.
-        functions: ``"paper"`` or ``"all"``.
+        functions: as of `Evolution`.
+
+    Raises:
+        ValueError: fewer than one mutation, or other functions.
     """
 
     def __init__(self, most: int = 12, functions: str = "paper") -> None:
         if most < 1:
             raise ValueError(f"most must be at least 1, got {most}")
         self._most = most
-        self._mutation = Mutation(functions=tuple(PAPER if functions == "paper" else FUNCTIONS))
+        self._mutation = Mutation(functions=_inserted(functions))
 
     def begin(self, start: Genome, fitness: float) -> None:
         """See `Searcher.begin`."""
@@ -287,6 +294,12 @@ class Policy(Evolution):
 
 _TICKETS = 10_000
 """A mutation draws functions evenly from a list; one that shall be drawn more often is on it more often."""
+
+
+def _inserted(functions: str) -> tuple[str, ...]:
+    if functions not in INSERTED:
+        raise ValueError(f"functions must be one of {', '.join(INSERTED)}, got {functions!r}")
+    return INSERTED[functions]
 
 
 _ARRAYS = ("functions", "targets", "args", "constants", "lengths")

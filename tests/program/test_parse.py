@@ -108,7 +108,7 @@ def test_zeros_are_zeros_also_of_nan() -> None:
         ("m[0] = grad\nreturn param, m", "line 2: 'm\\[0\\]' cannot be assigned"),
         ("torch = grad\nreturn param, m", "line 2: 'torch' has a meaning here"),
         ("m = m * 1" + "0" * 400 + "\nreturn param, m", "line 2: the number is larger than floats are"),
-        ("m = m.mean().norm()\nreturn param, m", "norm in .* reduces .*, which has one value per tensor already"),
+        ("m = m.mean().norm()\nreturn param, m", "norm in .* is of .*, which has one value per tensor already"),
         ("m = torch.lerp(m, grad, **lr)\nreturn param, m", "line 2: arguments with stars are not read"),
         ("return lambda: m, m", "is no arithmetic"),
         ("x = 1", "a program ends with a return"),

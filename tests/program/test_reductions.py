@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from metaopt.program import Program, Statement, evaluate, evaluate_tree
+from metaopt.program import Program, Statement, evaluate, evaluate_tree, parse_program
+from metaopt.program.source import function_source
 
 
 def scaled_by(op: str) -> Program:
@@ -70,5 +73,17 @@ def test_how_far_a_program_looks() -> None:
 
 def test_what_has_one_value_cannot_be_reduced() -> None:
     statements = (Statement("size", "norm", ("grad",)), Statement("again", "mean", ("size",)))
-    with pytest.raises(ValueError, match="mean in again reduces 'size', which has one value per tensor already"):
+    with pytest.raises(ValueError, match="mean in again is of 'size', which has one value per tensor already"):
         Program((), ("param", "grad"), statements, ("param",))
+
+
+def test_a_condition_between_a_number_of_the_tensor_and_elements_gives_elements() -> None:
+    statements = (Statement("middle", "mean", ("grad",)), Statement("new", "where", ("t", "middle", "param")))
+    program = Program(("t",), ("param", "grad"), statements, ("new",))
+    text = f"import torch\n{function_source(program, 'update')}"
+    namespace: dict[str, Any] = {}
+    exec(text, namespace)
+    param, grad = torch.zeros(3), torch.arange(3.0)
+    for t in (0.0, 1.0):
+        torch.testing.assert_close(namespace["update"](param, grad, t=t), torch.full((3,), t))
+    assert parse_program(text) == program
