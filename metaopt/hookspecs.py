@@ -73,6 +73,11 @@ def metaopt_estimators() -> list[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def metaopt_hypergradients() -> list[Spec]:  # type: ignore[empty-body]
+    """Ways to differentiate a training run: factories give a `metaopt.tune.hypergradient.Method`."""
+
+
+@hookspec
 def metaopt_truncations() -> list[Spec]:  # type: ignore[empty-body]
     """Lengths of the episodes of meta-training: factories give a `metaopt.meta.truncation.TruncationSchedule`."""
 

@@ -34,6 +34,7 @@ KINDS: Mapping[str, str] = {
     "data_source": "metaopt_data_sources",
     "objective": "metaopt_objectives",
     "estimator": "metaopt_estimators",
+    "hypergradient": "metaopt_hypergradients",
     "truncation": "metaopt_truncations",
     "curriculum": "metaopt_curricula",
     "unroll_backend": "metaopt_unroll_backends",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from metaopt.space import Option
 
 THETA_FILE = "theta.safetensors"
 _ZOO = "zoo:"
+SETTINGS_FORMAT = 1
+"""Of the files with a tuned rule's settings that ``metaopt tune`` writes."""
 
 
 def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
@@ -25,8 +28,8 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
 
     Args:
         reference: a registered optimizer (``adamw``); ``file.py:Name`` for a rule of the user's own; meta-parameters written
-            by meta-training: a ``.safetensors`` file, or the directory of the run; or ``zoo:NAME``, an entry of an installed
-            zoo (``metaopt zoo list``). A rule is returned as it is.
+            by meta-training: a ``.safetensors`` file, or the directory of the run; settings found by ``metaopt tune``: its
+            ``best.json``; or ``zoo:NAME``, an entry of an installed zoo (``metaopt zoo list``). A rule is returned as it is.
         **arguments: hyperparameters and options that differ from the defaults.
 
     Raises:
@@ -47,6 +50,8 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
         spec = registry.get("zoo_rule", reference.removeprefix(_ZOO))
         return _checked(reference, registry.create("zoo_rule", spec.name)).replaced(**arguments)
     path = Path(reference)
+    if path.suffix == ".json":
+        return load_settings(path).replaced(**arguments)
     if path.suffix == ".safetensors" or (path / THETA_FILE).is_file():
         return load_theta(path).replaced(**arguments)
     if reference in registry.specs("learned_optimizer"):
@@ -125,6 +130,30 @@ def read_theta(path: Path | str) -> tuple[str, dict[str, Any], Theta]:
     written = json.loads(metadata["metaopt"])
     options = {key: hashable(value) for key, value in written["options"].items()}
     return written["learned_optimizer"], options, theta
+
+
+def load_settings(path: Path | str) -> UpdateRule:
+    """The rule with the settings that ``metaopt tune`` found (its ``best.json``).
+
+    Raises:
+        ValueError: no such file, not one of ``metaopt tune``, or one whose optimizer or values do not fit.
+    """
+    try:
+        written = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no settings at {path} ({error}); metaopt tune writes best.json") from None
+    if not isinstance(written, dict) or written.get("format") != SETTINGS_FORMAT or "optimizer" not in written:
+        raise ValueError(f"{path} holds no settings of this version's metaopt tune, which writes best.json")
+    return wrapped(resolve_rule(written["optimizer"]), written["wrappers"]).replaced(
+        **{name: hashable(value) for name, value in written["values"].items()}
+    )
+
+
+def wrapped(rule: UpdateRule, wrappers: Sequence[str]) -> UpdateRule:
+    """``rule`` inside registered optimizers that take one as ``rule``, the first of them innermost."""
+    for name in wrappers:
+        rule = _checked(name, registry.create("optimizer", name, rule=rule))
+    return rule
 
 
 def hashable(value: Any) -> Any:

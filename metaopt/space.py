@@ -26,6 +26,7 @@ class Hyper:
         scale: how to spread a grid or a search over it.
         search: (low, high) worth searching; a part of the domain.
         doc: one line of meaning.
+        when: (option, values): it means something only where that option has one of these values.
     """
 
     default: float | tuple[float, ...]
@@ -36,6 +37,7 @@ class Hyper:
     open_high: bool = False
     search: tuple[float, float] | None = None
     doc: str = ""
+    when: tuple[str, tuple[Any, ...]] | None = None
 
     @property
     def domain(self) -> str:
@@ -139,9 +141,10 @@ def hyper(
     open_high: bool = False,
     search: tuple[float, float] | None = None,
     doc: str = "",
+    when: tuple[str, tuple[Any, ...]] | None = None,
 ) -> Any:
     """Declare a hyperparameter as a dataclass field; see `Hyper` for the arguments."""
-    declaration = Hyper(default, low, high, scale, open_low, open_high, search, doc)
+    declaration = Hyper(default, low, high, scale, open_low, open_high, search, doc, when)
     return field(default=default, metadata={"metaopt": declaration})
 
 

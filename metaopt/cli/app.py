@@ -13,7 +13,7 @@ from contextlib import suppress
 import typer
 
 from metaopt import registry
-from metaopt.cli.commands import baseline, catalogue, demo, export, import_theta, meta_train, meta_tune, race
+from metaopt.cli.commands import baseline, catalogue, demo, export, import_theta, meta_train, meta_tune, race, tune
 from metaopt.cli.commands.zoo import zoo
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ app.command("plugins")(catalogue.list_plugins)
 app.command("meta-train")(meta_train.meta_train)
 app.command("meta-tune")(meta_tune.meta_tune)
 app.command("race")(race.race)
+app.command("tune")(tune.tune)
+app.command("worker")(tune.worker)
 app.command("baseline")(baseline.baseline)
 app.command("export")(export.export)
 app.command("import-theta")(import_theta.import_theta)

@@ -76,4 +76,14 @@ def metaopt_optimizers() -> list[Spec]:
             "AdamW whose learning rates go by role and width",
             ("wrapper", "adaptive"), "Yang et al., 2022, https://arxiv.org/abs/2203.03466",
         ),
+        Spec(
+            "scheduled", "metaopt_classic.learning_rates:scheduled",
+            "AdamW, or any rule, with a schedule of its learning rate",
+            ("wrapper",), "Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983",
+        ),
+        Spec(
+            "by_role", "metaopt_classic.learning_rates:by_role",
+            "AdamW, or any rule, with learning rates by role of the parameter",
+            ("wrapper",),
+        ),
     ]  # fmt: skip

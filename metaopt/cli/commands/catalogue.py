@@ -22,6 +22,7 @@ KIND_WORDS = {
     "data-sources": "data_source",
     "objectives": "objective",
     "estimators": "estimator",
+    "hypergradients": "hypergradient",
     "truncations": "truncation",
     "curriculums": "curriculum",
     "backends": "unroll_backend",

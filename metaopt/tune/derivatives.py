@@ -1,0 +1,200 @@
+"""Derivatives of functions of trees, which never take a missing gradient for a zero.
+
+Plain autograd is used outside `torch.func`'s transforms, since it is faster and leaner; inside of them `torch.func` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.random import uniform
+from metaopt.tree import Tree
+
+Pull = Callable[[Tree], tuple[Tree, ...]]
+"""Cotangent of a function's value -> cotangents of its inputs; trees of the floating-point leaves."""
+
+
+class MissingGradient(RuntimeError):
+    """A function depends on the input that is named, but there is no derivative with respect to it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"the result depends on {path} but has no derivative with respect to it: a compiled or fused function without "
+            f"second derivatives, or a detach(), is in the way; give the step a vjp, or use a method that needs no second "
+            f"derivatives (darts, sama, penalty, es)"
+        )
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is active, inside which plain autograd cannot start."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def floating(given: Tree) -> Tree:
+    """The tree of the floating-point leaves: those that can be differentiated."""
+    if isinstance(given, dict):
+        kept = {name: floating(value) for name, value in given.items()}
+        return {name: value for name, value in kept.items() if value is not None and value != {}}
+    return given if given.is_floating_point() else None
+
+
+def filled(given: Tree, leaves: Tree) -> Tree:
+    """``given`` with ``leaves``, as `floating` took them out, in their places."""
+    if isinstance(given, dict):
+        return {name: filled(value, leaves[name]) if name in leaves else value for name, value in given.items()}
+    return leaves
+
+
+def like(given: Tree, leaves: Sequence[Tensor]) -> Tree:
+    """A tree of the structure of ``given`` with these leaves."""
+    rest = iter(leaves)
+    return tree.map_tree(lambda _: next(rest), given)
+
+
+def paths(given: Tree, prefix: str = "") -> list[str]:
+    """What messages call each leaf, such as ``params['w']``."""
+    if isinstance(given, dict):
+        return [path for name, value in given.items() for path in paths(value, f"{prefix}[{name!r}]")]
+    return [prefix]
+
+
+def flattened(given: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """All leaves as one vector [D], and the way back."""
+    parts = list(tree.leaves(given))
+    sizes = [leaf.numel() for leaf in parts]
+
+    def put_back(vector: Tensor) -> Tree:
+        pieces = zip(torch.split(vector, sizes), parts, strict=True)
+        return like(given, [piece.reshape(leaf.shape).to(leaf.dtype) for piece, leaf in pieces])
+
+    return torch.cat([leaf.reshape(-1) for leaf in parts]), put_back
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """The inner product of two trees of one structure."""
+    return torch.stack([(x * y).sum() for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True)]).sum()
+
+
+def norm(a: Tree) -> Tensor:
+    """The Euclidean norm of all leaves together; 0 of an empty tree."""
+    parts = [torch.linalg.vector_norm(leaf) for leaf in tree.leaves(a)]
+    return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+
+
+def relative(a: Tree, b: Tree) -> Tensor:
+    """The norm of ``a`` over that of ``b``; that of ``a`` where b is zero."""
+    size = norm(b)
+    return norm(a) / torch.where(size > 0, size, 1)
+
+
+def add(a: Tree, b: Tree, scale: float | Tensor = 1.0) -> Tree:
+    """``a + scale * b``, leaf by leaf."""
+    return tree.map_tree(lambda x, y: x + scale * y, a, b)
+
+
+def zeros(given: Tree) -> Tree:
+    """Zeros of the shapes of all leaves."""
+    return tree.map_tree(torch.zeros_like, given)
+
+
+def vjp(
+    function: Callable[..., Any], *inputs: Tree, names: Sequence[str], has_aux: bool = False, second_order: bool = True,
+    proven: set[str] | None = None, repeated: bool = False,
+) -> tuple[Any, Pull]:  # fmt: skip
+    """Value of ``function(*inputs)`` and its pullback.
+
+    Args:
+        function: of trees to a tree; with ``has_aux`` to a pair whose second part is not differentiated.
+        inputs: where.
+        names: what messages call the inputs.
+        has_aux: see ``function``.
+        second_order: whether ``function`` takes gradients itself. Such gradients can get lost (a compiled function has no
+            second derivatives), so an input without a derivative is held for unused only if the value does not change, bit for
+            bit, when the input does. Plain functions lose none.
+        proven: inputs that have been shown to be unused; the pullback adds to it.
+        repeated: whether the pullback may be called more than once.
+
+    Returns:
+        The value, detached (a pair with ``has_aux``), and ``cotangent -> cotangents of the inputs``.
+
+    Raises:
+        MissingGradient: by the pullback: an input has no derivative and is not unused.
+    """
+    if transformed():
+        return _functional_vjp(function, inputs, has_aux)
+    taken = [floating(given) for given in inputs]
+    with torch.enable_grad():
+        leaves = [tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), part) for part in taken]
+        result = function(*map(filled, inputs, leaves))
+    value = result[0] if has_aux else result
+    known = set() if proven is None else proven
+
+    def pull(cotangent: Tree) -> tuple[Tree, ...]:
+        flat = [leaf for part in leaves for leaf in tree.leaves(part)]
+        heads = zip(tree.leaves(floating(value)), tree.leaves(cotangent), strict=True)
+        recorded = [(head, bar) for head, bar in heads if head.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(flat)
+        if recorded and flat:
+            outputs, bars = zip(*recorded, strict=True)
+            found = torch.autograd.grad(outputs, flat, bars, retain_graph=repeated, allow_unused=True)
+        missing = {path for path, grad in zip(_paths(leaves, names), found, strict=True) if grad is None} - known
+        if second_order and missing:
+            used = depends(function, inputs, names, missing, has_aux)
+            if used:
+                raise MissingGradient(min(used))
+        known.update(missing)
+        grads = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(flat, found, strict=True)])
+        return tuple(tree.map_tree(lambda _: next(grads), part) for part in leaves)
+
+    return tree.map_tree(lambda leaf: leaf.detach(), value) if not has_aux else _detached_pair(result), pull
+
+
+def _detached_pair(result: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    return tree.detach(result[0]), tree.detach(result[1])
+
+
+def _functional_vjp(function: Callable[..., Any], inputs: tuple[Tree, ...], has_aux: bool) -> tuple[Any, Pull]:
+    def of_leaves(*leaves: Tree) -> Any:
+        result = function(*map(filled, inputs, leaves))
+        value, aux = result if has_aux else (result, {})
+        return floating(value), (value, aux)
+
+    found: Any = torch.func.vjp(of_leaves, *map(floating, inputs), has_aux=True)
+    _, pull, (value, aux) = found
+    return ((value, aux) if has_aux else value), pull
+
+
+def _paths(leaves: Sequence[Tree], names: Sequence[str]) -> list[str]:
+    return [path for part, name in zip(leaves, names, strict=True) for path in paths(part, name)]
+
+
+def depends(
+    function: Callable[..., Any], inputs: Sequence[Tree], names: Sequence[str], of: set[str] | None = None,
+    has_aux: bool = False,
+) -> set[str]:  # fmt: skip
+    """Which of the inputs ``of`` (named as by `vjp`; None: all) change the value, bit for bit, when they change a little."""
+    parts = [floating(given) for given in inputs]
+    flat = [leaf.detach() for part in parts for leaf in tree.leaves(part)]
+
+    def value(flat: Sequence[Tensor]) -> list[Tensor]:
+        rest = iter(flat)
+        moved = [tree.map_tree(lambda _: next(rest), part) for part in parts]
+        result = function(*map(filled, inputs, moved))
+        return [leaf.nan_to_num() for leaf in tree.leaves(floating(result[0] if has_aux else result))]
+
+    found = set()
+    with torch.no_grad():
+        before = value(flat)
+        for i, path in enumerate(_paths(parts, names)):
+            if of is None or path in of:
+                # unevenly, as a softmax does not see an even shift
+                shift = uniform(torch.tensor(i, device=flat[i].device), flat[i].shape, dtype=flat[i].dtype)
+                after = value([*flat[:i], flat[i] + 1e-3 * (1 + flat[i].abs()) * shift, *flat[i + 1 :]])
+                if not all(map(torch.equal, before, after)):
+                    found.add(path)
+    return found

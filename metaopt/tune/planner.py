@@ -1,0 +1,210 @@
+"""What each method would cost, and which one to take."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from metaopt import registry, tree
+from metaopt.tune.derivatives import MissingGradient, floating, norm, transformed, vjp
+from metaopt.tune.hypergradient import METHODS, Facts, Method, Outer, inner_gradients, require
+from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.inverse import optimizer_hypers
+
+DEFAULT_MEMORY = 2.0**31
+"""Bytes for "auto" and `plan`; the same everywhere, so that a choice does not depend on the machine."""
+_STATIONARY = 1e-4
+"""Norm of the inner gradient, relative to that at the start, below which an inner problem counts as solved."""
+_CG_ITERATIONS = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one method would take.
+
+    Attributes:
+        method: its name.
+        seconds: of processor time, from one measured step.
+        bytes: at the peak, above data, hypers and one state.
+        fits: whether that is within the memory allowed.
+        exact: whether it is the derivative of the run, to rounding.
+        obstacle: why it cannot be used; empty if it can.
+    """
+
+    method: str
+    seconds: float
+    bytes: float
+    fits: bool
+    exact: bool
+    obstacle: str = ""
+
+
+def plan(inner: Inner, outer: Outer, hypers: Hypers, memory: float = DEFAULT_MEMORY) -> list[Plan]:
+    """Predicted time and memory of every method with its default options, quickest first.
+
+    Two steps are run. Times are good to a factor of two; memory to some tens of percent.
+
+    Args:
+        inner: the training run.
+        outer: its objective.
+        hypers: where.
+        memory: bytes that may be used.
+    """
+    with torch.no_grad():
+        hypers = tree.detach(hypers)
+        facts, seconds = _measured(inner, hypers)
+        obstacle = _second_order_obstacle(inner, hypers)
+    rows = []
+    for name in METHODS:
+        method: Method = registry.create("hypergradient", name)
+        cost = method.cost(facts)
+        why_not = _lack(inner, name, method) or (
+            obstacle if "second" in method.needs and not _by_hand(inner, name) else ""
+        )
+        exact = "exact" in registry.get("hypergradient", name).tags
+        rows.append(Plan(name, cost.time * seconds, cost.bytes, cost.bytes <= memory, exact, why_not))
+    return sorted(rows, key=lambda row: row.seconds)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What "auto" settled on.
+
+    Attributes:
+        method, options: to be run.
+        inner: on this problem; one that has been trained already has no steps left.
+        why: one sentence.
+    """
+
+    method: str
+    inner: Inner
+    why: str
+    options: dict[str, Any]
+
+
+def choose(inner: Inner, outer: Outer, hypers: Hypers, memory: float | None) -> Choice:
+    """The method that "auto" takes; under ``torch.no_grad``.
+
+    The exact ones first: the quickest that fits. Where no graph of the run does, a problem that training has solved is
+    differentiated at its optimum. Where the steps have no second derivatives, by gradients or values alone.
+    """
+    if transformed():
+        return Choice("replay", inner, "inside a transform nothing can be measured; replay is exact and lean", {})
+    if inner.vjp is not None:
+        return Choice("replay", inner, "the steps bring their own adjoint, which replay uses", {})
+    memory = DEFAULT_MEMORY if memory is None else memory
+    obstacle = _second_order_obstacle(inner, hypers)
+    if obstacle:
+        first = "penalty" if inner.loss is not None and inner.update is not None else "es"
+        return Choice(first, inner, f"{obstacle}; {first} needs none", {})
+    facts, _ = _measured(inner, hypers)
+    graph = registry.create("hypergradient", "unroll").cost(facts).bytes
+    if graph <= memory:
+        return Choice("unroll", inner, f"exact and quickest; its graph of {_size(graph)} fits {_size(memory)}", {})
+    too_large = f"a graph of all {facts.steps} steps would take {_size(graph)} of {_size(memory)}"
+    solved = _solved(inner, hypers)
+    if solved is not None:
+        iterations = min(facts.parameters, _CG_ITERATIONS)
+        why = f"{too_large}; training solves the inner problem, so its optimum can be differentiated instead"
+        return Choice("cg", solved, why, {"iterations": iterations})
+    names = ("checkpoint", "replay", "forward")
+    costs = {name: registry.create("hypergradient", name).cost(facts) for name in names}
+    fitting = [name for name in names if costs[name].bytes <= memory] or ["replay"]
+    name = min(fitting, key=lambda name: costs[name].time)
+    return Choice(name, inner, f"{too_large}; {name} is the quickest exact method that fits", {})
+
+
+def _size(count: float) -> str:
+    power = min(int(math.log(max(count, 1), 1024)), 4)
+    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _lack(inner: Inner, name: str, method: Method) -> str:
+    try:
+        require(inner, name, method.needs)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _by_hand(inner: Inner, name: str) -> bool:
+    return name == "replay" and inner.vjp is not None
+
+
+def _second_order_obstacle(inner: Inner, hypers: Hypers) -> str:
+    """Why a step cannot be differentiated; empty if it can."""
+    if not inner.steps:
+        return ""
+    state = inner.start(hypers)
+    try:
+        new, pull = vjp(lambda s, h: inner.step(s, h, 0), state, hypers, names=["state", "hypers"])
+        pull(floating(new))
+    except MissingGradient as error:
+        return str(error)
+    except RuntimeError as error:  # what torch says of operations without second derivatives
+        return f"the step has no second derivatives ({str(error).splitlines()[0]})"
+    return ""
+
+
+def _solved(inner: Inner, hypers: Hypers) -> Inner | None:
+    """The problem after training, if that made its loss stationary and all hypers act through the loss."""
+    loss = inner.loss
+    if loss is None:
+        return None
+    state = inner.start(hypers)
+    before = norm(inner_gradients(inner, inner.params(state), hypers))
+    state = inner.advance(state, hypers, 0, inner.steps)
+    params = inner.params(state)
+    unused: set[str] = set()
+    gradients, pull = vjp(lambda h: inner_gradients(inner, params, h), hypers, names=["hypers"], proven=unused)
+    pull(gradients)
+    if bool(norm(gradients) > _STATIONARY * before) or optimizer_hypers(inner, state, hypers, unused):
+        return None
+    return replace(inner, start=lambda _: state, steps=0)
+
+
+def _measured(inner: Inner, hypers: Hypers) -> tuple[Facts, float]:
+    """What costs depend on, and the processor seconds of one step without recording."""
+    state = inner.start(hypers)
+    params = inner.params(state)
+    seconds, step_bytes = 0.0, 0
+    if inner.steps:
+        begin = time.process_time()
+        inner.step(state, hypers, 0)
+        begin, seconds = time.process_time(), time.process_time() - begin
+        kept: list[Tensor] = []
+
+        def keep(saved: Tensor) -> Tensor:
+            kept.append(saved)
+            return saved
+
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda saved: saved):
+            leaves = tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), hypers)
+            state = inner.step(state, leaves, 0)
+            first = {leaf.untyped_storage().data_ptr() for leaf in kept}  # data and hypers are among them
+            count = len(kept)
+            if inner.steps > 1:
+                state = inner.step(state, leaves, 1)
+        fresh = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in kept[count:]}
+        step_bytes = sum(size for at, size in fresh.items() if at not in first)
+    parameters = sum(leaf.numel() for leaf in tree.leaves(params))
+    facts = Facts(
+        steps=inner.steps,
+        state_bytes=_bytes(state),
+        params_bytes=_bytes(params),
+        hypers_bytes=_bytes(hypers),
+        step_bytes=step_bytes,
+        hypers=sum(leaf.numel() for leaf in tree.leaves(hypers)),
+        parameters=parameters,
+    )
+    return facts, seconds
+
+
+def _bytes(of: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(of))

@@ -1,0 +1,323 @@
+"""What holds for all methods: which runs they take, what they refuse, and that they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from closed_forms import PROBLEMS, draws
+from torch import Tensor
+
+from metaopt import registry
+from metaopt.rule import Params, PerParameter, UpdateRule
+from metaopt.tune import METHODS, Hypers, Inner, MissingGradient, hypergradient, plan, tolerances
+from metaopt_classic.adam import Adam
+from metaopt_classic.sgd import SGD
+
+OF_THE_RUN = ("unroll", "checkpoint", "replay", "forward")
+
+
+def network(dtype: torch.dtype = torch.float64) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Params, Hypers]:
+    """A small net with weights of samples and a decay: inner loss, outer loss, parameters, hypers."""
+    x, y, xv, yv = (draws(*shape, seed=i).to(dtype) for i, shape in enumerate([(12, 3), (12,), (9, 3), (9,)]))
+    params = {"hidden": 0.5 * draws(3, 4, seed=5).to(dtype), "out": 0.5 * draws(4, seed=6).to(dtype)}
+    hypers = {"weights": torch.linspace(-1, 1, 12, dtype=dtype), "decay": torch.tensor(-3.0, dtype=dtype)}
+
+    def predict(p: Params, x: Tensor) -> Tensor:
+        return torch.tanh(x @ p["hidden"]) @ p["out"]
+
+    def loss(p: Params, h: Hypers, batch: Any) -> Tensor:
+        rows = slice(None) if batch is None else batch
+        fit = (h["weights"][rows].sigmoid() * (predict(p, x[rows]) - y[rows]) ** 2).mean()
+        return fit + h["decay"].exp() * sum((leaf**2).sum() for leaf in p.values())
+
+    return loss, lambda p, h: ((predict(p, xv) - yv) ** 2).mean(), params, hypers
+
+
+def gradient_of(inner: Inner, outer: Any, hypers: Hypers, method: str, **options: Any) -> Hypers:
+    return hypergradient(inner, outer, hypers, method, **options).grads
+
+
+def same(a: Hypers, b: Hypers) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("rule", [SGD(lr=0.3, momentum=0.9), Adam(lr=0.1)])
+def test_exact_methods_equal_finite_differences_of_the_run(rule: UpdateRule) -> None:
+    loss, outer, params, hypers = network()
+    inner = Inner.of_rule(
+        loss, rule, params, 9, batches=lambda t: torch.tensor([t % 12, (5 * t + 1) % 12, (t + 7) % 12])
+    )
+    direction = {"weights": draws(12, seed=3), "decay": draws(seed=4)}
+    ends = []
+    for sign in (1, -1):
+        moved = {name: value + sign * 1e-6 * direction[name] for name, value in hypers.items()}
+        ends.append(outer(inner.params(inner.advance(inner.start(moved), moved, 0, 9)), moved))
+    slope = (ends[0] - ends[1]) / 2e-6
+    for method in OF_THE_RUN:
+        grads = gradient_of(inner, outer, hypers, method)
+        along = sum((grads[name] * direction[name]).sum() for name in hypers)
+        # central differences of step 1e-6 in float64 err by 1e-10 of the value
+        torch.testing.assert_close(along, slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_replay_is_the_unroll_bit_for_bit(dtype: torch.dtype) -> None:
+    loss, outer, params, hypers = network(dtype)
+    inner = Inner.of_rule(loss, SGD(lr=0.3), params, 23)
+    expected = gradient_of(inner, outer, hypers, "unroll")
+    for options in ({}, {"states": 1, "branching": 2}, {"states": 4, "branching": 3}):
+        assert same(gradient_of(inner, outer, hypers, "replay", **options), expected)
+
+
+def test_replay_repeats_the_training_once_per_level() -> None:
+    loss, outer, params, hypers = network()
+    count = 0
+    whole = Inner.of_rule(loss, SGD(), params, 27)
+
+    def step(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return whole.step(*arguments)
+
+    inner = Inner(whole.start, step, 27, whole.params)
+    for options, most in (({"states": 27}, 2), ({"states": 3, "branching": 9}, 3), ({"states": 1, "branching": 3}, 4)):
+        count = 0
+        gradient_of(inner, outer, hypers, "replay", **options)
+        assert count <= most * 27 + 4  # and the probes for unused hypers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_under_vmap_over_problems(method: str) -> None:
+    x, hypers = draws(3, 6, 2, seed=1), {"l": draws(3, 2, seed=2) / 4}
+
+    def grad(x: Tensor, log: Tensor) -> Tensor:
+        inner = Inner.of_rule(
+            lambda p, h, _: ((x @ p["w"] - 1) ** 2).mean() + (h["l"].exp() * p["w"] ** 2).sum(),
+            SGD(lr=0.2, momentum=0.5), {"w": torch.zeros(2, dtype=torch.float64)}, 6,
+        )  # fmt: skip
+        return gradient_of(inner, lambda p, h: (p["w"] ** 3).sum(), {"l": log}, method)["l"]
+
+    apart = torch.stack([grad(*pair) for pair in zip(x, hypers["l"], strict=True)])
+    # finite differences of radius 0.01 amplify rounding a hundredfold
+    torch.testing.assert_close(torch.vmap(grad)(x, hypers["l"]), apart, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", OF_THE_RUN)
+def test_a_coordinate_without_gradient_does_not_poison_adam(method: str) -> None:
+    inner = Inner.of_rule(
+        lambda p, h, _: (h["l"] * p["w"][:2] ** 2).sum(), Adam(lr=0.1), {"w": torch.ones(3, dtype=torch.float64)}, 4
+    )
+    grads = gradient_of(inner, lambda p, h: p["w"].sum(), {"l": torch.ones(2, dtype=torch.float64)}, method)
+    assert grads["l"].isfinite().all()
+
+
+@pytest.mark.parametrize("method", set(METHODS) - {"es"})
+def test_unused_hypers_have_zero_gradients_and_direct_terms_stay(method: str) -> None:
+    loss, outer, params, hypers = network()
+    inner = Inner.of_rule(loss, SGD(lr=0.1), params, 3)
+    more = hypers | {"nowhere": torch.ones(2, dtype=torch.float64), "direct": torch.tensor(2.0, dtype=torch.float64)}
+    grads = gradient_of(inner, lambda p, h: outer(p, h) + h["direct"] ** 3, more, method)
+    assert torch.equal(grads["nowhere"], torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(grads["direct"], torch.tensor(12.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", OF_THE_RUN)
+def test_no_steps_leave_the_start_and_the_direct_term(method: str) -> None:
+    inner = Inner(lambda h: {"w": 3 * h["a"]}, lambda state, h, t: state, 0, lambda state: state)
+    grads = gradient_of(inner, lambda p, h: p["w"] * h["b"], {"a": torch.tensor(2.0), "b": torch.tensor(5.0)}, method)
+    assert (float(grads["a"]), float(grads["b"])) == (15.0, 6.0)
+
+
+@pytest.mark.parametrize("method", OF_THE_RUN)
+def test_initial_parameters_may_be_hypers(method: str) -> None:
+    """MAML on a quadratic: w' = (1 - lr) w_0, F = w'^2 / 2."""
+    inner = Inner.of_rule(lambda p, h, _: p["w"] ** 2 / 2, SGD(lr=0.1), lambda h: {"w": h["start"]}, 1)
+    grads = gradient_of(inner, lambda p, h: p["w"] ** 2 / 2, {"start": torch.tensor(3.0)}, method)
+    assert float(grads["start"]) == pytest.approx(0.9 * 0.9 * 3.0, rel=1e-6)
+
+
+def test_conjugate_gradients_that_converge_at_once_are_not_zero() -> None:
+    inner = Inner.of_rule(
+        lambda p, h, _: ((p["w"] - h["l"]) ** 2).sum(), SGD(lr=0.5), {"w": torch.zeros(3, dtype=torch.float64)}, 1
+    )
+    hypers = {"l": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
+    result = hypergradient(inner, lambda p, h: (p["w"] ** 2).sum(), hypers, "cg")
+    torch.testing.assert_close(result.grads["l"], 2 * hypers["l"])
+    assert float(result.diagnostics["residual"]) == 0
+
+
+def test_a_solver_that_stops_at_its_tolerance_says_so() -> None:
+    problem = PROBLEMS["weighted_least_squares"]()
+    first = tolerances(0.1, 0.5, 0)
+    assert [tolerances(0.1, 0.5, k) for k in range(3)] == pytest.approx([0.1, 0.05, 0.025])
+    with pytest.raises(ValueError, match=r"decay must be in \(0, 1\)"):
+        tolerances(0.1, 1.0, 3)
+    result = hypergradient(problem.inner(), problem.outer, problem.hypers, "cg", iterations=50, tolerance=first)
+    assert 0 < float(result.diagnostics["residual"]) <= first
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The sum of scale w^2, whose gradient is a constant to autograd, as that of a compiled function can be."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(w, scale)
+        return (w**2 * scale).sum()
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor, Tensor]:
+        w, scale = (saved.detach() for saved in ctx.saved_tensors)
+        return 2 * w * scale * bar.detach(), w**2 * bar.detach()
+
+
+@pytest.mark.parametrize(
+    "method", ["unroll", "checkpoint", "replay", "truncated", "cg", "neumann", "identity", "nystrom"]
+)
+def test_a_missing_gradient_is_refused_and_never_zero(method: str) -> None:
+    inner = Inner.of_rule(
+        lambda p, h, _: _OnceDifferentiable.apply(p["w"], h["l"]), SGD(lr=0.1), {"w": torch.ones(2)}, 3
+    )
+    with pytest.raises(MissingGradient, match=r"depends on .* but has no derivative"):
+        hypergradient(inner, lambda p, h: p["w"].sum(), {"l": torch.ones(2)}, method)
+
+
+def test_a_hessian_that_got_lost_is_refused_though_the_step_has_derivatives() -> None:
+    """The step's derivative in w is then the identity, less nothing: wrong, and finite."""
+    inner = Inner.of_rule(
+        lambda p, h, _: _OnceDifferentiable.apply(p["w"], torch.ones(2)), SGD(), {"w": torch.ones(2)}, 3, hp=["lr"]
+    )
+    with pytest.raises(MissingGradient, match=r"params\['w'\]"):
+        hypergradient(inner, lambda p, h: p["w"].sum(), {"lr": torch.tensor(0.1)}, "unroll")
+
+
+@pytest.mark.parametrize("method", ["darts", "sama", "penalty", "es"])
+def test_first_order_methods_take_losses_without_second_derivatives(method: str) -> None:
+    def inner(sum_of_squares: Any) -> Inner:
+        return Inner.of_rule(lambda p, h, _: sum_of_squares(p["w"], h["l"]), SGD(lr=0.1), {"w": torch.ones(2)}, 3)
+
+    once, twice = (
+        gradient_of(inner(f), lambda p, h: p["w"].sum(), {"l": torch.ones(2)}, method)["l"]
+        for f in (_OnceDifferentiable.apply, lambda w, scale: (w**2 * scale).sum())
+    )
+    torch.testing.assert_close(once, twice)
+
+
+def test_a_step_may_bring_its_own_adjoint() -> None:
+    """As a fused kernel does: the step itself records nothing."""
+
+    def step(state: Any, h: Hypers, t: int) -> Any:
+        with torch.no_grad():
+            return {"w": (1 - h["lr"]) * state["w"]}
+
+    def adjoint(state: Any, h: Hypers, t: int, bar: Any) -> Any:
+        return {"w": (1 - h["lr"]) * bar["w"]}, {"lr": -(state["w"] * bar["w"]).sum()}
+
+    def start(h: Hypers) -> Any:
+        return {"w": torch.ones(2, dtype=torch.float64)}
+
+    hypers = {"lr": torch.tensor(0.25, dtype=torch.float64)}
+    by_hand = Inner(start, step, 5, lambda state: state, vjp=adjoint)
+    result = hypergradient(by_hand, lambda p, h: p["w"].sum(), hypers)
+    assert result.diagnostics["method"] == "replay" and "adjoint" in result.diagnostics["why"]
+    torch.testing.assert_close(result.grads["lr"], torch.tensor(-2 * 5 * 0.75**4, dtype=torch.float64))
+    with pytest.raises(MissingGradient):
+        hypergradient(Inner(start, step, 5, lambda state: state), lambda p, h: p["w"].sum(), hypers, "replay")
+
+
+def test_implicit_methods_refuse_hyperparameters_of_the_optimizer() -> None:
+    loss, outer, params, hypers = network()
+    inner = Inner.of_rule(loss, SGD(), params, 3, hp=["lr"])
+    with pytest.raises(ValueError, match=r"hypers\['lr'\] acts on the steps but not on the inner loss"):
+        hypergradient(inner, outer, hypers | {"lr": torch.tensor(0.1, dtype=torch.float64)}, "cg")
+
+
+def test_neumann_refuses_a_step_that_diverges() -> None:
+    problem = PROBLEMS["ridge"]()
+    with pytest.raises(ValueError, match=r"step must be below 2 / L"):
+        hypergradient(problem.inner(2), problem.outer, problem.hypers, "neumann", step=10.0)
+
+
+def test_what_is_refused_at_the_door() -> None:
+    loss, outer, params, hypers = network()
+    inner = Inner.of_rule(loss, SGD(), params, 2, batches=lambda t: torch.tensor([t]))
+    with pytest.raises(ValueError, match="no hypergradient is called 'unrol'"):
+        hypergradient(inner, outer, hypers, "unrol")
+    with pytest.raises(ValueError, match=r"floating-point tensors, got torch\.int64"):
+        hypergradient(inner, outer, {"n": torch.tensor(3)}, "unroll")
+    with pytest.raises(ValueError, match=r"outer must return a scalar, got shape \(4,\)"):
+        hypergradient(inner, lambda p, h: p["out"], hypers, "unroll")
+    with pytest.raises(ValueError, match="differentiates the inner loss of all data"):
+        hypergradient(inner, outer, hypers, "cg")
+    with pytest.raises(TypeError, match="SGD has no hyperparameter 'rate'"):
+        Inner.of_rule(loss, SGD(), params, 2, hp=["rate"])
+    with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):
+        Inner.of_rule(loss, SGD(), params, -1)
+    with pytest.raises(ValueError, match=r"hypers\['lr'\] must be one number or one per step \[2\]"):
+        hypergradient(Inner.of_rule(loss, SGD(), params, 2, hp=["lr"]), outer, hypers | {"lr": torch.ones(3)}, "unroll")
+
+
+def test_rates_per_parameter() -> None:
+    """hp may give `PerParameter`: here one rate moves, the other does not."""
+    loss, outer, params, hypers = network()
+
+    def rates(h: Hypers, t: int) -> PerParameter:
+        return PerParameter({name: {"lr": h["rates"][i]} for i, name in enumerate(params)})
+
+    inner = Inner.of_rule(loss, SGD(), params, 4, hp=rates)
+    more = hypers | {"rates": torch.tensor([0.2, 0.0], dtype=torch.float64)}
+    result = hypergradient(inner, outer, more, "replay")
+    assert torch.equal(result.params["out"], params["out"])
+    assert same(result.grads, gradient_of(inner, outer, more, "unroll"))
+
+
+def test_auto_says_why() -> None:
+    problem = PROBLEMS["ridge"]()
+    exact = problem.exact
+
+    def choose(inner: Inner, memory: float | None = None) -> tuple[str, str]:
+        result = hypergradient(inner, problem.outer, problem.hypers, memory=memory)
+        torch.testing.assert_close(result.grads["l"], exact, rtol=1e-6, atol=0)
+        return result.diagnostics["method"], result.diagnostics["why"]
+
+    assert choose(problem.inner())[0] == "unroll"
+    method, why = choose(problem.inner(), memory=2000)
+    assert method == "cg" and "solves the inner problem" in why
+    lossless = Inner(**{**vars(problem.inner()), "loss": None})
+    method, why = choose(lossless, memory=2000)
+    assert method in ("checkpoint", "replay", "forward") and "fits" in why
+
+
+def test_auto_turns_to_first_order_methods_without_second_derivatives() -> None:
+    inner = Inner.of_rule(
+        lambda p, h, _: _OnceDifferentiable.apply(p["w"] - 1, h["l"]), SGD(lr=0.1), {"w": torch.zeros(2)}, 3
+    )
+    result = hypergradient(inner, lambda p, h: p["w"].sum(), {"l": torch.ones(2)})
+    assert result.diagnostics["method"] == "penalty" and "no derivative" in result.diagnostics["why"]
+
+
+def test_plan_predicts_memory_in_its_order() -> None:
+    loss, outer, params, hypers = network()
+    rows = {row.method: row for row in plan(Inner.of_rule(loss, SGD(), params, 400), outer, hypers, memory=1e5)}
+    assert set(rows) == set(METHODS)
+    assert rows["unroll"].bytes > 4 * rows["checkpoint"].bytes and not rows["unroll"].fits
+    assert rows["cg"].bytes < rows["replay"].bytes < rows["unroll"].bytes
+    assert rows["cg"].seconds < rows["unroll"].seconds < rows["replay"].seconds < rows["forward"].seconds
+    assert not any(row.obstacle for row in rows.values())
+    lossless = plan(Inner.of_rule(loss, SGD(), params, 4, batches=lambda t: None), outer, hypers)
+    assert {row.method for row in lossless if row.obstacle} >= {"cg", "penalty", "darts"}
+
+
+@pytest.mark.parametrize("method", ["unroll", "replay", "forward"])
+def test_runs_of_registered_tasks(method: str) -> None:
+    task = registry.create("task", "quadratic_20")
+    inner = Inner.of_task(task, "adamw", seed=0, steps=4, hp=["lr"])
+    hypers = {"lr": torch.tensor(0.01)}
+    result = hypergradient(inner, lambda p, h: task.loss(p, task.config), hypers, method)
+    higher, lower = (
+        hypergradient(inner, lambda p, h: task.loss(p, task.config), {"lr": hypers["lr"] + d}, method).value
+        for d in (1e-3, -1e-3)
+    )
+    assert float(result.grads["lr"]) == pytest.approx(float(higher - lower) / 2e-3, rel=0.02)
