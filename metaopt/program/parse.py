@@ -1,16 +1,22 @@
 """Read a `Program` from Python text: what `metaopt.program.source` prints, or what a person or a language model wrote.
 
 The text is never executed. Its syntax tree is walked, and whatever is not named here is refused (an allow-list): one function
-of assignments and a return, whose expressions mean what they mean in the text of an `ElementwiseRule`.
+of assignments and a return, whose expressions mean what they mean in the text of an `ElementwiseRule`. Rules (`parse_program`)
+and losses (`parse_loss`) are read by the same walk.
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import math
 import re
+import tokenize
+import unicodedata
+from collections.abc import Sequence
 from typing import NoReturn
 
+from metaopt.program.loss_trace import LossTracer, loss_program
 from metaopt.program.ops import MATRIX_OPS, OPS
 from metaopt.program.program import Program
 from metaopt.program.trace import Symbol, TraceError, Tracer, renamed, without_dead
@@ -19,6 +25,8 @@ LONGEST = 100_000
 """Characters of a text."""
 DEEPEST = 64
 """Brackets within brackets, and signs before one operand."""
+LONGEST_LOSS = 4096
+DEEPEST_LOSS = 24
 
 
 class ProgramTextError(ValueError):
@@ -45,27 +53,46 @@ _RESERVED = {"torch", "math", "float", *_FUNCTIONS, *_OF_NUMBERS}
 Value = Symbol | float
 
 
-def syntax_tree(text: str) -> ast.Module:
+def syntax_tree(text: str, longest: int = LONGEST, deepest: int = DEEPEST) -> ast.Module:
     """The syntax tree of a text from anywhere.
 
+    Args:
+        text: Python, or what is meant to be.
+        longest: characters that it may have.
+        deepest: brackets within brackets, and signs before one operand, that it may have.
+
     Raises:
-        ProgramTextError: no Python, or longer or deeper than programs are.
+        ProgramTextError: no Python, longer or deeper than that, or a name that Python reads as another one.
     """
-    if len(text) > LONGEST:
-        raise ProgramTextError(f"a program's text may have {LONGEST} characters, got {len(text)}")
+    if len(text) > longest:
+        raise ProgramTextError(f"a program's text may have {longest} characters, got {len(text)}")
     depth = 0
     for character in text:
         depth = max(0, depth + (character in "([{") - (character in ")]}"))
-        if depth > DEEPEST:
-            raise ProgramTextError(f"brackets may be {DEEPEST} deep; give what is in them a name first")
-    if re.search(rf"(?:(?:[-+~]|\bnot\b)[\s\\]*){{{DEEPEST},}}", text):
-        raise ProgramTextError(f"an operand may have {DEEPEST} signs")
+        if depth > deepest:
+            raise ProgramTextError(f"brackets may be {deepest} deep; give what is in them a name first")
+    if re.search(rf"(?:(?:[-+~]|\bnot\b)[\s\\]*){{{deepest},}}", text):
+        raise ProgramTextError(f"an operand may have {deepest} signs")
     try:
-        return ast.parse(text)
+        tree = ast.parse(text)
+        _require_plain_names(text)
     except SyntaxError as error:
         raise ProgramTextError(f"line {error.lineno}: no Python: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        if isinstance(error, ProgramTextError):
+            raise
         raise ProgramTextError(f"no Python that can be read: {error or type(error).__name__}") from None
+    return tree
+
+
+def _require_plain_names(text: str) -> None:
+    """Python normalises names (NFKC), so that one can look unlike what it is."""
+    for token in () if text.isascii() else tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME and unicodedata.normalize("NFKC", token.string) != token.string:
+            read = unicodedata.normalize("NFKC", token.string)
+            raise ProgramTextError(
+                f"line {token.start[0]}: Python reads the name {token.string!r} as {read!r}; write that"
+            )
 
 
 def parse_program(source: str) -> Program:
@@ -95,6 +122,64 @@ def parse_program(source: str) -> Program:
         return _read(functions)
     except RecursionError:
         raise ProgramTextError("an expression is nested too deeply; give its parts names first") from None
+
+
+def parse_loss(source: str, tensors: Sequence[str], scalars: Sequence[str]) -> Program:
+    """Read the program of a loss.
+
+    The text is one function, as a person or a language model writes it for a trainer::
+
+        def loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+            ratio = policy_chosen_logps - policy_rejected_logps - (reference_chosen_logps - reference_rejected_logps)
+            return -F.logsigmoid(self.beta * ratio)
+
+    Its arguments are some of ``tensors`` and ``scalars`` by name, in any order, and perhaps ``self``, which has the scalars as
+    attributes. Its lines are those of rules (`parse_program`), with the statistics ``x.mean()``, ``x.sum()``, ``x.std()`` and
+    ``x.var()`` of the batch. It returns one value per example.
+
+    Args:
+        source: Python of at most 4096 characters.
+        tensors: names of what the loss is of: one element per example each.
+        scalars: names of its numbers.
+
+    Returns:
+        A program over all of ``tensors`` and ``scalars`` with the loss as its output.
+
+    Raises:
+        ProgramTextError: anything else.
+    """
+    function = _only_function(syntax_tree(source, LONGEST_LOSS, DEEPEST_LOSS))
+    try:
+        positional, keyword = _arguments(function)
+        names = positional + keyword
+        takes_self = names[:1] == ["self"]
+        for name in names[takes_self:]:
+            if name not in (*tensors, *scalars):
+                _fail(function, f"there is no input {name!r}; there are {', '.join([*tensors, *scalars])}")
+        tracer = LossTracer({*tensors, *scalars})
+        reader = _Reader(tracer, {*scalars})
+        reader.of_self = {name: Symbol(tracer, name) for name in scalars} if takes_self else {}
+        reader.run(function, {name: Symbol(tracer, name) for name in names[takes_self:]})
+        returned = _returned(function)
+        if len(returned) != 1:
+            _fail(
+                function.body[-1],
+                f"a loss returns one value per example, got {len(returned)} values; return the loss alone",
+            )
+        value = reader.value(returned[0])
+    except RecursionError:
+        raise ProgramTextError("an expression is nested too deeply; give its parts names first") from None
+    try:
+        return loss_program(tracer, tuple(tensors), tuple(scalars), value, reader.chosen)
+    except ValueError as error:
+        raise ProgramTextError(str(error)) from None
+
+
+def _only_function(tree: ast.Module) -> ast.FunctionDef:
+    body = [node for node in tree.body if not _is_import(node)]
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
+        raise ProgramTextError("the text must be one function; nothing else is read")
+    return body[0]
 
 
 def _read(functions: list[ast.FunctionDef]) -> Program:
@@ -178,6 +263,7 @@ class _Reader:
         self.tracer = tracer
         self.known: dict[str, Value] = {}
         self.chosen: dict[str, str] = {}  # statements -> the text's names
+        self.of_self: dict[str, Value] = {}
         self._numbers = numbers
         self._seen = 0  # statements that are known to be numbers or not
 
@@ -186,7 +272,7 @@ class _Reader:
     def run(self, function: ast.FunctionDef, known: dict[str, Value]) -> None:
         """All but the return."""
         self.known = known
-        lines = function.body[:-1]
+        lines = [line for line in function.body[:-1] if not _is_import(line)]
         if lines and isinstance(lines[0], ast.Expr) and isinstance(lines[0].value, ast.Constant):
             lines = lines[1:]  # a docstring
         for line in lines:
@@ -261,6 +347,10 @@ class _Reader:
                 return self.tracer.emit("where", condition, self.value(body), self.value(orelse))
             case ast.Attribute(value=ast.Name(id="math" | "torch"), attr=attr) if attr in _CONSTANTS:
                 return _CONSTANTS[attr]
+            case ast.Attribute(value=ast.Name(id="self"), attr=attr) if self.of_self:
+                if attr not in self.of_self:
+                    _fail(node, f"self has {', '.join(self.of_self)}, not {attr!r}; write a number instead")
+                return self.of_self[attr]
             case ast.Call():
                 return self._call(node)
         _fail(node, f"{_text(node)!r} is no arithmetic; use + - * / **, > < >= <=, a if b else c and torch functions")
@@ -298,19 +388,30 @@ class _Reader:
                 return self._function(node, _MATH[name], only_numbers=f"torch.{_MATH[name]}")
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
                 return self._torch(node, name)
+            case ast.Call(func=ast.Attribute(value=module, attr=name)) if self._is_functional(module):
+                return self._function(node, name)
             case ast.Call(func=ast.Attribute(value=ast.Attribute(value=ast.Name(id="torch"), attr=module), attr=name)):
                 return self._function(node, f"{module}_{name}")
-            case ast.Call(func=ast.Attribute(attr="clone", value=owner), args=[], keywords=[]):
-                return self.value(owner)
+            case ast.Call(func=ast.Attribute(attr="clone" | "float", value=owner), args=[], keywords=[]):
+                return self.value(owner)  # a comparison is 1 or 0
             case ast.Call(
                 func=ast.Attribute(attr="to", value=owner),
                 args=[ast.Attribute(value=ast.Name(), attr="dtype")],
                 keywords=[],
             ):
-                return self.value(owner)  # a comparison is 1 or 0
+                return self.value(owner)
             case ast.Call(func=ast.Attribute(attr=name, value=owner)):
                 return self._function(node, name, self.value(owner))
         _fail(node, f"{_text(node.func)!r} is no function of the language; use torch functions such as torch.sqrt")
+
+    def _is_functional(self, module: ast.expr) -> bool:
+        """Whether an expression is torch.nn.functional by either of its names."""
+        match module:
+            case ast.Name(id="F"):
+                return "F" not in self.known
+            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="torch"), attr="nn"), attr="functional"):
+                return True
+        return False
 
     def _torch(self, node: ast.Call, name: str) -> Value:
         match name, node.args, node.keywords:
@@ -358,8 +459,11 @@ class _Reader:
         return value
 
 
+_IMPORTS = {("torch", None), ("math", None), ("torch.nn.functional", "F")}
+
+
 def _is_import(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Import) and all(it.name in ("torch", "math") and not it.asname for it in node.names)
+    return isinstance(node, ast.Import) and all((it.name, it.asname) in _IMPORTS for it in node.names)
 
 
 def _is_zeros(node: ast.expr) -> bool:
@@ -376,4 +480,6 @@ def _loaded(target: ast.expr) -> ast.expr:
     return target
 
 
-__all__ = ["DEEPEST", "LONGEST", "ProgramTextError", "parse_program", "syntax_tree"]
+__all__ = [
+    "DEEPEST", "DEEPEST_LOSS", "LONGEST", "LONGEST_LOSS", "ProgramTextError", "parse_loss", "parse_program", "syntax_tree",
+]  # fmt: skip

@@ -35,7 +35,7 @@ _REDUCTION_NAMES = {
 }  # fmt: skip
 _ARITIES = {
     "square": 1, "reciprocal": 1, "rsqrt": 1, "lerp": 3, "addcmul": 3, "addcdiv": 3, "zeros_like": 1, "ones_like": 1,
-    "relu": 1, "sigmoid": 1, "softplus": 1, "logsigmoid": 1, "log_sigmoid": 1,
+    "relu": 1, "sigmoid": 1, "softplus": 1, "logsigmoid": 1, "log_sigmoid": 1, "log1p": 1, "expm1": 1,
 }  # fmt: skip
 _KEYWORDS = {
     "clamp": ("min", "max"), "clip": ("min", "max"), "addcmul": ("value",), "addcdiv": ("value",),
@@ -68,7 +68,9 @@ class Symbol:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        symbol = next(arg for arg in args if isinstance(arg, Symbol))
+        symbol = next((arg for arg in args if isinstance(arg, Symbol)), None)
+        if symbol is None:  # in a list, as of torch.stack
+            raise _outside(name)
         return symbol._tracer.call(name, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
@@ -193,6 +195,10 @@ class Tracer:
         if name in ("zeros_like", "ones_like"):
             ones = self.emit("pow", args[0], 0.0)  # also where it is NaN
             return ones if name == "ones_like" else self.emit("mul", 0.0, ones)
+        if name == "log1p":
+            return self.emit("log", self.emit("add", 1.0, args[0]))
+        if name == "expm1":
+            return self.emit("sub", self.emit("exp", args[0]), 1.0)
         if name in ("relu", "sigmoid", "softplus", "logsigmoid", "log_sigmoid"):
             return activation(self.emit, name, args[0])
         if name in _REDUCTION_NAMES:

@@ -114,7 +114,7 @@ def test_a_coordinate_without_gradient_does_not_poison_adam(method: str) -> None
     assert grads["l"].isfinite().all()
 
 
-@pytest.mark.parametrize("method", set(METHODS) - {"es"})
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"es"}))
 def test_unused_hypers_have_zero_gradients_and_direct_terms_stay(method: str) -> None:
     loss, outer, params, hypers = network()
     inner = Inner.of_rule(loss, SGD(lr=0.1), params, 3)
