@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/meta_train.py
 	$(BIN)/python benchmarks/planted.py
+	$(BIN)/python benchmarks/tune.py
 	$(BIN)/python benchmarks/page.py
 
 # On a machine with a GPU: needs metaopt's dependencies, Triton and pytest, but no installation and no network.

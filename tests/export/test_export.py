@@ -41,6 +41,8 @@ class Without(ElementwiseRule):
         return param - lr * grad
 
 
+HORIZON = 50
+
 RULES: dict[str, UpdateRule] = {
     **{name: registry.create("optimizer", name) for name in registry.specs("optimizer")},
     "adamw_tuned": AdamW(lr=0.01, betas=(0.8, 0.95), weight_decay=0.3),
@@ -75,13 +77,18 @@ def outside(files: dict[str, Path], folder: Path) -> dict[str, Any]:
         bad = {key: _bad(declared) for key, declared in rule.declared().items() if isinstance(declared, Hyper)}
         class_name = "My" + "".join(part.capitalize() for part in name.split("_"))
         second_lr = rule.hp["lr"] * 0.5
-        job = {"id": name, "path": str(path), "name": class_name, "arguments": {}, "second_lr": second_lr, "bad": bad}
+        job = {"id": name, "path": str(path), "name": class_name, "arguments": _needed(rule)}
+        job |= {"second_lr": second_lr, "bad": bad}
         jobs.append(job)
     torch.save(jobs, folder / "jobs.pt")
     command = [sys.executable, "-I", "-W", "error", export_runner.__file__, "jobs.pt", "results.pt"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "results.pt", weights_only=False)
+
+
+def _needed(rule: UpdateRule) -> dict[str, int]:
+    return {"horizon": HORIZON} if "horizon" in rule.requirements() else {}
 
 
 def _bad(declared: Hyper) -> Any:
@@ -91,7 +98,7 @@ def _bad(declared: Hyper) -> Any:
 
 def _inside(name: str, dtype: torch.dtype, steps: int = export_runner.STEPS) -> list[dict[str, torch.Tensor]]:
     rule = RULES[name]
-    make = lambda given: RuleOptimizer(rule, given)  # noqa: E731
+    make = lambda given: RuleOptimizer(rule, given, **_needed(rule))  # noqa: E731
     return export_runner.trajectory(make, dtype, rule.hp["lr"] * 0.5, steps=steps)
 
 

@@ -24,7 +24,9 @@ from metaopt_symbolic.baselines import tuned_start
 from metaopt_symbolic.cascade import Cascade, usual_stages
 from metaopt_symbolic.genome import SEEDS, parse
 from metaopt_symbolic.planted import Planted
+from metaopt_symbolic.population import Genomes
 from metaopt_symbolic.search import Budget, Search, SearchConfig
+from metaopt_symbolic.searchers import MAX_LENGTH
 from metaopt_symbolic.suites import SUITES, search_tasks, task_choices, tasks_of
 
 MOMENTUM = parse(SEEDS["momentum"])
@@ -126,6 +128,33 @@ def test_constants_alone_leave_the_program_as_it_is(tmp_path: Path) -> None:
     shape = [(a.target, a.function) for a in parse(SEEDS["adamw"]).body]
     assert all([(a.target, a.function) for a in c.genome.body] == shape for c in search.best)
     assert search.champion.score.fitness > search.start_fitness
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"population": 1}, "population must be at least 2"),
+        ({"parsimony": -1e-3}, "parsimony at least 0, got 1000, 2, 0 and -0.001"),
+        ({"functions": "some"}, "functions must be one of paper, .*, got 'some'"),
+        ({"mutation": {"splcie": 0.5}}, "mutation has the settings complement, constant, .*; got splcie"),
+        ({"mutation": {"splice": 2}}, r"splice is a probability in \[0, 1\], got 2"),
+    ],
+)
+def test_options_of_evolution_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registry.create("proposer", "evolution", **options)
+
+
+@pytest.mark.parametrize(("price", "length"), [(0.004, 9), (0.006, 8)])
+def test_a_statement_that_gains_less_than_its_price_loses_the_tournament(price: float, length: int) -> None:
+    whole = parse(SEEDS["adamw"])
+    shorter = dataclasses.replace(whole, body=whole.body[:-1])
+    searcher = registry.create("proposer", "evolution", population=200, tournament=40, parsimony=price)
+    searcher.begin(whole, -1.0)
+    searcher.tell(Genomes.of([whole, shorter] * 100, MAX_LENGTH), np.tile([-0.100, -0.105], 100))
+    _, parents = searcher.ask(100, np.random.default_rng(0))
+    assert len(whole.body) == 9
+    assert set(parents.lengths.tolist()) == {length}
 
 
 # -- archive and budget ------------------------------------------------------------------------------------------------
