@@ -216,7 +216,7 @@ REDUCTIONS: dict[str, Reduction] = {
 
 @dataclass(frozen=True)
 class MatrixOp:
-    """A function of a tensor as a matrix (`metaopt.matrix.as_matrix`). No kernel has it: torch does.
+    """A function of a tensor as a matrix (`metaopt.matrix.as_matrix`), by torch alone: no generated code has it.
 
     Attributes:
         plain: on one tensor, differentiable; its name is the one in programs and in Python.
