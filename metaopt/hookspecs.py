@@ -58,6 +58,11 @@ def metaopt_tasks() -> list[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def metaopt_problems() -> list[Spec]:  # type: ignore[empty-body]
+    """Bilevel problems: factories give a `metaopt.tune.problem.BilevelProblem`."""
+
+
+@hookspec
 def metaopt_data_sources() -> list[Spec]:  # type: ignore[empty-body]
     """Data sets: factories take ``device`` and give ``{"train": Split, "valid": Split, "test": Split}``."""
 

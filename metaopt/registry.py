@@ -31,6 +31,7 @@ KINDS: Mapping[str, str] = {
     "optimizer": "metaopt_optimizers",
     "learned_optimizer": "metaopt_learned_optimizers",
     "task": "metaopt_tasks",
+    "problem": "metaopt_problems",
     "data_source": "metaopt_data_sources",
     "objective": "metaopt_objectives",
     "estimator": "metaopt_estimators",

@@ -13,7 +13,18 @@ from contextlib import suppress
 import typer
 
 from metaopt import registry
-from metaopt.cli.commands import baseline, catalogue, demo, export, import_theta, meta_train, meta_tune, race, tune
+from metaopt.cli.commands import (
+    baseline,
+    bilevel,
+    catalogue,
+    demo,
+    export,
+    import_theta,
+    meta_train,
+    meta_tune,
+    race,
+    tune,
+)
 from metaopt.cli.commands.zoo import zoo
 
 app = typer.Typer(
@@ -34,6 +45,7 @@ app.command("list")(catalogue.list_kind)
 app.command("plugins")(catalogue.list_plugins)
 app.command("meta-train")(meta_train.meta_train)
 app.command("meta-tune")(meta_tune.meta_tune)
+app.command("bilevel")(bilevel.bilevel)
 app.command("race")(race.race)
 app.command("tune")(tune.tune)
 app.command("worker")(tune.worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metaopt.hookspecs import Spec, hookimpl
 from metaopt_tasks.data.catalogue import SOURCES
+from metaopt_tasks.problems.catalogue import PROBLEMS
 from metaopt_tasks.suites import task_specs
 
 
@@ -21,3 +22,9 @@ def metaopt_tasks() -> list[Spec]:
 def metaopt_data_sources() -> list[Spec]:
     """Data that need no download."""
     return list(SOURCES)
+
+
+@hookimpl
+def metaopt_problems() -> list[Spec]:
+    """Bilevel problems."""
+    return list(PROBLEMS)

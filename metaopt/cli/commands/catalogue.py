@@ -19,6 +19,7 @@ KIND_WORDS = {
     "optimizers": "optimizer",
     "learned-optimizers": "learned_optimizer",
     "tasks": "task",
+    "problems": "problem",
     "data-sources": "data_source",
     "objectives": "objective",
     "estimators": "estimator",
