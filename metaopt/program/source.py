@@ -99,9 +99,6 @@ class Writer:
             return f"torch.zeros_like({self.like}) + {self.number(out, 6)}"
         made = self.by_name.get(str(out))
         if made is not None and made.op == "where" and self.is_scalar(made.args[0]):
-            names = self.program.element_names
-            if any(not self.is_scalar(branch) and branch not in names for branch in made.args[1:]):
-                return f"torch.zeros_like({self.like}) + ({self.text(out, 0)})"  # that branch is one number
             return f"({self.text(out, 0)}).clone()"  # a branch may be an input
         return f"{out}.clone()" if out in self.program.tensors else self.number(out, 0)
 
@@ -153,16 +150,21 @@ class Writer:
             yes, no = (_floating(b, 0) if isinstance(b, float) else self.text(b, 2 - i) for i, b in enumerate(branches))
             return f"{yes} if {self.test(condition)} else {no}", 1
         if self.is_scalar(condition):
-            yes, no = (
-                f"torch.full_like({self.like}, {self.text(b, 0)})" if self.is_scalar(b) else self.number(b, 2)
-                for b in branches
-            )
+            yes, no = (self.branch(b, s.target in self.program.element_names) for b in branches)
             return f"{yes} if {self.test(condition)} else {no}", 1
         test = self.text(condition, 0) if self.is_mask(condition) else f"{self.text(condition, 5)} != 0"
         yes, no = (self.number(branch, 0) for branch in branches)
         if self.is_scalar(branches[0]) and self.is_scalar(branches[1]):
             yes = f"torch.full_like({self.like}, {yes})"  # of two floats torch would make a float32
         return f"torch.where({test}, {yes}, {no})", 9
+
+    def branch(self, arg: Arg, of_elements: bool) -> str:
+        """One of two values between which Python chooses; ``of_elements``: it must have the shape of the tensors."""
+        if self.is_scalar(arg):
+            return f"torch.full_like({self.like}, {self.text(arg, 0)})"
+        if of_elements and arg not in self.program.element_names:
+            return f"torch.zeros_like({self.like}) + {self.number(arg, 6)}"
+        return self.number(arg, 2)
 
     def test(self, condition: Arg) -> str:
         """A scalar condition."""

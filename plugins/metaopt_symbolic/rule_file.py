@@ -185,7 +185,7 @@ def _field(name: str, value: float) -> str:
     if name == "lr":
         return f"lr: float = learning_rate({value!r}, search=({_rounded(value / 100)!r}, {_rounded(value * 100)!r}))"
     if name.startswith("beta"):
-        rest = _DECAY.format(low=min(0.5, value), high=max(0.9999, value))
+        rest = _DECAY.format(low=0.5 if value >= 0.5 else _rounded(value / 2), high=max(0.9999, value))
     else:
         rest = _WEIGHT_DECAY.format(low=_rounded(value / 100), high=_rounded(value * 100))
     whole = f"{name}: float = hyper({value!r}, {rest})"
