@@ -1,0 +1,341 @@
+"""Time and memory of one hypergradient: every method beside a raw autograd unroll and the peers that are installed.
+
+    python benchmarks/hypergradient.py [--rounds 3] [--only agreement cleaning ridge growth] [--out FILE.json]
+
+One thread, processor time, methods interleaved round by round; the minimum counts. Memory is the peak of what tensors hold
+above what was there before, counted operation by operation in a run of its own. Problems: data hyper-cleaning (softmax
+regression, 5,000 x 784 samples with a weight each, 2,000 for validation, T = 100 steps on all of them) and ridge regression
+with 1,000 penalties (2,000 x 1,000, T = 100). ``growth`` is a small problem at T = 100 to 10,000; ``agreement`` a ridge
+regression whose hypergradient has a formula. Peers, where installed: TorchOpt, higher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from report import machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metaopt.tune import METHODS, Hypers, Inner, hypergradient
+from metaopt_classic.sgd import SGD
+
+GROWTH = (100, 1000, 10000)
+PARTS = ("agreement", "cleaning", "ridge", "growth")
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Attributes:
+        loss, outer: of weights and hypers; of weights.
+        start, hypers: tensors.
+        rate, steps: of gradient descent.
+    """
+
+    loss: Loss
+    outer: Callable[[Tensor], Tensor]
+    start: Tensor
+    hypers: Tensor
+    rate: float
+    steps: int
+
+    @property
+    def inner(self) -> Inner:
+        return Inner.of_rule(
+            lambda p, h, _: self.loss(p["w"], h["l"]), SGD(lr=self.rate), {"w": self.start}, self.steps
+        )
+
+
+def cleaning(rows: int = 5000, inputs: int = 784, steps: int = 100) -> Problem:
+    """Weights of samples, of which half have a random label."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, inputs, generator=generator) / inputs**0.5
+
+    def sample(count: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(10, (count,), generator=generator)
+        return centres[labels] + torch.randn(count, inputs, generator=generator) / inputs**0.5, labels
+
+    (x, y), (xv, yv) = sample(rows), sample(max(rows * 2 // 5, 50))
+    y[: rows // 2] = torch.randint(10, (rows // 2,), generator=generator)
+    return Problem(
+        lambda w, h: (torch.sigmoid(h) * F.cross_entropy(x @ w, y, reduction="none")).mean(),
+        lambda w: F.cross_entropy(xv @ w, yv), torch.zeros(inputs, 10), torch.zeros(rows), 1.0, steps,
+    )  # fmt: skip
+
+
+def ridge() -> Problem:
+    """A log-penalty per weight."""
+    generator = torch.Generator().manual_seed(0)
+    x, xv = torch.randn(2000, 1000, generator=generator), torch.randn(500, 1000, generator=generator)
+    truth = torch.randn(1000, generator=generator) / 30
+    y, yv = (rows @ truth + torch.randn(len(rows), generator=generator) for rows in (x, xv))
+    return Problem(
+        lambda w, h: ((x @ w - y) ** 2).mean() / 2 + (h.exp() * w**2).sum() / 2,
+        lambda w: ((xv @ w - yv) ** 2).mean() / 2, torch.zeros(1000), torch.full((1000,), -1.0), 0.3, 100,
+    )  # fmt: skip
+
+
+def raw(problem: Problem) -> Tensor:
+    """What one writes by hand."""
+    hypers = problem.hypers.clone().requires_grad_()
+    w = problem.start.clone().requires_grad_()
+    for _ in range(problem.steps):
+        (grad,) = torch.autograd.grad(problem.loss(w, hypers), w, create_graph=True)
+        w = w - problem.rate * grad
+    return torch.autograd.grad(problem.outer(w), hypers)[0]
+
+
+def trained(problem: Problem) -> Tensor:
+    """The training alone."""
+    w = problem.start
+    for _ in range(problem.steps):
+        leaf = w.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(problem.loss(leaf, problem.hypers), leaf)
+        w = w - problem.rate * grad
+    return w
+
+
+def torchopt(problem: Problem) -> Tensor:
+    import torchopt as peer
+
+    hypers = problem.hypers.clone().requires_grad_()
+    params: Any = (problem.start.clone().requires_grad_(),)
+    optimizer = peer.sgd(lr=problem.rate)
+    state = optimizer.init(params)
+    for _ in range(problem.steps):
+        grads = torch.autograd.grad(problem.loss(params[0], hypers), params, create_graph=True)
+        updates, state = optimizer.update(grads, state, inplace=False)
+        params = peer.apply_updates(params, updates, inplace=False)
+    return torch.autograd.grad(problem.outer(params[0]), hypers)[0]
+
+
+def higher(problem: Problem) -> Tensor:
+    import higher as peer
+
+    class Weights(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(problem.start.clone())
+
+        def forward(self) -> Tensor:
+            return self.w * 1
+
+    hypers = problem.hypers.clone().requires_grad_()
+    module = Weights()
+    optimizer = torch.optim.SGD(module.parameters(), lr=problem.rate)
+    with peer.innerloop_ctx(module, optimizer) as (functional, differentiable):
+        for _ in range(problem.steps):
+            differentiable.step(problem.loss(functional(), hypers))
+        return torch.autograd.grad(problem.outer(functional()), hypers)[0]
+
+
+PEERS = {"TorchOpt": ("torchopt", torchopt), "higher": ("higher", higher)}
+
+
+def ours(method: str, **options: Any) -> Callable[[Problem], Tensor]:
+    def run(problem: Problem) -> Tensor:
+        def outer(params: dict[str, Tensor], hypers: Hypers) -> Tensor:
+            return problem.outer(params["w"])
+
+        return hypergradient(problem.inner, outer, {"l": problem.hypers}, method, **options).grads["l"]
+
+    return run
+
+
+def contenders() -> dict[str, Callable[[Problem], Tensor]]:
+    found = {"training alone": trained, "raw autograd unroll": raw}
+    for name, (module, run) in PEERS.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            continue
+        found[f"{name} unroll"] = run
+    return found | {
+        "unroll": ours("unroll"),
+        "checkpoint": ours("checkpoint"),
+        "replay": ours("replay"),
+        "replay, states=8": ours("replay", states=8),
+        "truncated, window=10": ours("truncated"),
+        "cg": ours("cg"),
+        "neumann": ours("neumann"),
+        "nystrom": ours("nystrom"),
+        "identity": ours("identity"),
+        "darts": ours("darts"),
+        "sama": ours("sama"),
+        "penalty, steps=20": ours("penalty", steps=20),
+    }
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that operations inside make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
+                storage = leaf.untyped_storage()
+                at = storage.data_ptr()
+                if at and at not in self._sizes:
+                    self._sizes[at] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, at)
+        return result
+
+    def _free(self, at: int) -> None:
+        self.now -= self._sizes.pop(at)
+
+
+def peak(run: Callable[[], object]) -> int:
+    with PeakMemory() as counted:
+        run()
+    return counted.peak
+
+
+def compare(problem: Problem, rounds: int) -> list[dict[str, Any]]:
+    """Processor seconds (minimum of the rounds), peak bytes, and agreement with the raw unroll, of every contender."""
+    found = contenders()
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    results = {}
+    for _ in range(rounds):
+        for name, run in found.items():
+            began = time.process_time()
+            results[name] = run(problem)
+            seconds[name].append(time.process_time() - began)
+    expected = results["raw autograd unroll"]
+    rows = []
+    for name, run in found.items():
+        row = {"method": name, "seconds": min(seconds[name]), "bytes": peak(lambda run=run: run(problem))}
+        if results[name].shape == expected.shape:
+            row["error"] = float((results[name] - expected).norm() / expected.norm())
+            row["cosine"] = float(F.cosine_similarity(results[name], expected, dim=0))
+        rows.append(row)
+    return rows
+
+
+def growth() -> list[dict[str, Any]]:
+    """Peak bytes at growing T, of a problem of 100 samples of 20 numbers."""
+    methods = {name: ours(name) for name in ("unroll", "checkpoint", "replay", "cg")}
+    methods["replay, states=8"] = ours("replay", states=8)
+    rows = []
+    for problem in (cleaning(100, 20, steps) for steps in GROWTH):
+        rows.append({"steps": problem.steps} | {name: peak(lambda: run(problem)) for name, run in methods.items()})  # noqa: B023
+    return rows
+
+
+SUITED: dict[str, dict[str, Any]] = {
+    "truncated": {"window": 30},
+    "neumann": {"terms": 60},
+    "fixed_point": {"iterations": 60},
+    "nystrom": {"rank": 30, "rho": 1e-3},
+    "penalty": {"strength": 1000.0},
+    "es": {"pairs": 1000, "copies": 250},
+}
+"""Options with which a method comes near on `agreement`'s problem."""
+
+
+def agreement() -> list[dict[str, Any]]:
+    """Every method against the formula: ridge regression with 30 penalties in float64, trained to its optimum."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, y, xv, yv = draw(200, 30), draw(200), draw(100, 30), draw(100)
+    logs = torch.full((30,), -2.0, dtype=torch.float64)
+    problem = Problem(
+        lambda w, h: ((x @ w - y) ** 2).mean() / 2 + (h.exp() * w**2).sum() / 2,
+        lambda w: ((xv @ w - yv) ** 2).mean() / 2, torch.zeros(30, dtype=torch.float64), logs, 0.5, 100,
+    )  # fmt: skip
+    hessian = x.mT @ x / 200 + torch.diag(logs.exp())
+    w = torch.linalg.solve(hessian, x.mT @ y / 200)
+    exact = -logs.exp() * w * torch.linalg.solve(hessian, xv.mT @ (xv @ w - yv) / 100)
+    rows = []
+    for name in METHODS:
+        for options in [{}, *([SUITED[name]] if name in SUITED else [])]:
+            found = ours(name, **options)(problem)
+            error = float((found - exact).norm() / exact.norm())
+            cosine = float(F.cosine_similarity(found, exact, dim=0))
+            rows.append({"method": name, "options": options, "error": error, "cosine": cosine})
+    return rows
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The tables of docs/bilevel.md."""
+    agreed = ["| method | relative error | cosine |", "|---|---|---|"]
+    for row in results["agreement"]:
+        options = "".join(f", {name}={value:g}" for name, value in row["options"].items())
+        agreed.append(f"| `{row['method']}`{options} | {row['error']:.0e} | {row['cosine']:.3f} |")
+    measured = ["| | CPU s | of raw | peak MB | of raw |", "|---|---|---|---|---|"]
+    raw_row = next(row for row in results["cleaning"] if row["method"] == "raw autograd unroll")
+    for row in results["cleaning"]:
+        measured.append(
+            f"| {row['method']} | {row['seconds']:.2f} | {row['seconds'] / raw_row['seconds']:.2f} "
+            f"| {row['bytes'] / 1e6:.1f} | {row['bytes'] / raw_row['bytes']:.2f} |"
+        )
+    names = [name for name in results["growth"][0] if name != "steps"]
+    grown = [f"| T | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in results["growth"]:
+        grown.append(f"| {row['steps']:,} | {' | '.join(f'{row[name] / 1e3:,.0f}' for name in names)} |")
+    return {"agreement": "\n".join(agreed), "cleaning": "\n".join(measured), "growth": "\n".join(grown)}
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    reference = next(row for row in rows if row["method"] == "raw autograd unroll")
+    table = Table("", "CPU s", "of raw", "peak MB", "of raw", "error to raw", "cosine", title=title)
+    for row in rows:
+        table.add_row(
+            row["method"], f"{row['seconds']:.2f}", f"{row['seconds'] / reference['seconds']:.2f}",
+            f"{row['bytes'] / 1e6:.2f}", f"{row['bytes'] / reference['bytes']:.3f}",
+            f"{row['error']:.1e}" if "error" in row else "", f"{row['cosine']:.3f}" if "cosine" in row else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hypergradient.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=120)
+    report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for part in arguments.only:
+        if part in ("cleaning", "ridge"):
+            report[part] = compare({"cleaning": cleaning, "ridge": ridge}[part](), arguments.rounds)
+            show(console, part, report[part])
+        else:
+            report[part] = agreement() if part == "agreement" else growth()
+            for row in report[part]:
+                console.print(row)
+        report["machine"] = machine()
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
