@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from metaopt.cli.commands.options import Seed, Settings, parse_settings
+from metaopt_symbolic.losses.commands import loss
 
-discover = typer.Typer(help="Search for optimizers.", rich_markup_mode="rich")
+discover = typer.Typer(help="Search for optimizers and losses.", rich_markup_mode="rich")
+discover.command("loss")(loss)
 
 Tasks = Annotated[
     str,
@@ -19,7 +21,7 @@ Tasks = Annotated[
 
 @discover.callback(invoke_without_command=True)
 def _group(context: typer.Context) -> None:
-    """Search for optimizers."""
+    """Search for optimizers and losses."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -56,13 +58,17 @@ def rule(
     """
     from rich.console import Console
 
+    from metaopt import registry
     from metaopt_symbolic import report
     from metaopt_symbolic.baselines import tuned_for
     from metaopt_symbolic.cascade import Cascade, usual_stages
+    from metaopt_symbolic.losses.proposers import registered
     from metaopt_symbolic.search import Budget, Search, SearchConfig
     from metaopt_symbolic.start import start_text
     from metaopt_symbolic.suites import search_tasks
 
+    if "rule" not in registry.get("proposer", searcher).tags:
+        raise ValueError(f"{searcher} searches for no rules; choose from {', '.join(registered('rule'))}")
     console = Console(stderr=True)
     spent = Budget.of(budget)
     used = search_tasks(tasks)

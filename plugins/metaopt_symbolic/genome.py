@@ -330,9 +330,17 @@ def from_objective(objective: Objective) -> Genome:
     Raises:
         TraceError: the objective is no program.
     """
-    program = objective.program
+    return from_loss(objective.program, flat_hp(objective.hp))
+
+
+def from_loss(program: Program, numbers: Mapping[str, float]) -> Genome:
+    """A loss in the engine's language as a genome, its scalars having the values ``numbers``.
+
+    Raises:
+        GenomeError: a scalar without a value.
+    """
     names = {name: name for name in program.tensors}
-    values: dict[str, Arg] = {name: float(value) for name, value in flat_hp(objective.hp).items()}
+    values: dict[str, Arg] = {name: float(value) for name, value in numbers.items()}
     body, (loss,) = _assignments(program, names, values, {LOSS, *FUNCTIONS, *program.tensors})
     return Genome(program.tensors, (), (LOSS,), (*body, Assign(LOSS, "copy", (loss,))))
 

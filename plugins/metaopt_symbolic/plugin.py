@@ -36,6 +36,10 @@ def metaopt_proposers() -> list[Spec]:
             "trees", "metaopt_symbolic.trees:Trees", "aging evolution of small expression trees over moments, from scratch",
             ("rule",), "Bello et al., 2017, https://arxiv.org/abs/1709.07417",
         ),
+        Spec(
+            "mutator", "metaopt_symbolic.losses.mutator:Mutator", "mutates and joins losses, without a language model",
+            ("loss",), paper,
+        ),
     ]  # fmt: skip
 
 
@@ -43,6 +47,7 @@ def metaopt_proposers() -> list[Spec]:
 def metaopt_commands() -> list[Spec]:
     """The search on the command line."""
     return [
-        Spec("discover", "metaopt_symbolic.commands:discover", "search for optimizers"),
+        Spec("discover", "metaopt_symbolic.commands:discover", "search for optimizers and losses"),
+        Spec("show", "metaopt_symbolic.losses.commands:show", "a candidate of a search for losses"),
         Spec("simplify", "metaopt_symbolic.commands:simplify", "the champion of a search as ten lines"),
     ]

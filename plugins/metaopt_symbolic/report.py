@@ -36,36 +36,57 @@ def live(
     search: Search, budget: Budget, console: Console, references: Mapping[str, float]
 ) -> Iterator[Callable[[Search], None]]:
     """A table of the search that changes as it goes on; hand what it gives to `Search.run`."""
+    with watched(console, lambda: table(search, budget, references), _lines(search)) as show:
+        yield lambda _: show()
+
+
+@contextmanager
+def watched(
+    console: Console, table: Callable[[], Table], line: Callable[[], str | None]
+) -> Iterator[Callable[[], None]]:
+    """What to call whenever a search has got on: it shows a table on terminals, lines elsewhere.
+
+    Args:
+        console: where.
+        table: of the search at that moment.
+        line: of the search at that moment; None: nothing to say.
+    """
     if not console.is_terminal:
-        yield _log(console)
+
+        def log() -> None:
+            if (text := line()) is not None:
+                console.print(text, soft_wrap=True, highlight=False)
+
+        yield log
         return
     last = 0.0
-    with Live(table(search, budget, references), console=console, auto_refresh=False, transient=True) as view:
+    with Live(table(), console=console, auto_refresh=False, transient=True) as view:
 
-        def show(search: Search) -> None:
+        def show() -> None:
             nonlocal last
             if (now := time.monotonic()) - last > 1 / PER_SECOND:
-                view.update(table(search, budget, references), refresh=True)
+                view.update(table(), refresh=True)
                 last = now
 
         yield show
 
 
-def _log(console: Console) -> Callable[[Search], None]:
-    """A line for every row of the history, for files and pipes."""
+def _lines(search: Search) -> Callable[[], str | None]:
+    """A line for every row of the history."""
     told = 0
 
-    def show(search: Search) -> None:
+    def line() -> str | None:
         nonlocal told
-        if len(search.history) > told:
-            told = len(search.history)
-            c = search.counts
-            console.print(
-                f"{c.children:,} children, {c.unique:,} trained, {c.hits:.0%} known, {c.redundancy:.0%} redundant, "
-                f"best {search.champion.score.fitness:.4f}, {c.seconds:.0f} s", soft_wrap=True, highlight=False,
-            )  # fmt: skip
+        if len(search.history) <= told:
+            return None
+        told = len(search.history)
+        c = search.counts
+        return (
+            f"{c.children:,} children, {c.unique:,} trained, {c.hits:.0%} known, {c.redundancy:.0%} redundant, "
+            f"best {search.champion.score.fitness:.4f}, {c.seconds:.0f} s"
+        )
 
-    return show
+    return line
 
 
 def table(

@@ -64,14 +64,17 @@ class PreferencePolicy(ScaledTask):
 
     def training_loss(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
         """The mean objective of the pairs; the hidden reward takes no part."""
+        return self.objective(self.pairs(params, batch)).mean(), buffers
+
+    def pairs(self, params: Params, batch: Batch) -> dict[str, Tensor]:
+        """What the objective is of, [B] each: log-probabilities of both answers, and lengths of 1."""
         inputs = torch.cat([batch["input"], batch["rejected_input"]])
         reference = torch.cat([batch["reference"], batch["rejected_reference"]])
         answers = torch.cat([batch["chosen"], batch["rejected"]])[:, None]
         tables = self.log_policy(params, inputs, reference), reference
         columns = [column for table in tables for column in table.gather(1, answers).squeeze(1).chunk(2)]
-        pairs = dict(zip(LOG_PROBABILITIES, columns, strict=True))
         lengths = dict.fromkeys(_LENGTHS, torch.ones_like(columns[0]))
-        return self.objective(pairs | lengths).mean(), buffers
+        return dict(zip(LOG_PROBABILITIES, columns, strict=True)) | lengths
 
     def info(self) -> dict[str, ParamInfo]:
         """The first hidden layer is the input, the head the output."""
@@ -89,6 +92,7 @@ def preference(
     batch_size: int = 64,
     horizon: int = 200,
     device: Any = "cpu",
+    **source: Any,
 ) -> PreferencePolicy:
     """A policy on a preference data source.
 
@@ -102,8 +106,9 @@ def preference(
         batch_size: pairs per step.
         horizon: steps of a run.
         device: of the data.
+        **source: arguments of the data source, such as ``flips``.
     """
-    splits = load(data, device)
+    splits = load(data, device, **source)
     own = {} if beta is None else {"beta": beta}
     made = registry.create("objective", objective, **own) if isinstance(objective, str) else objective
     return PreferencePolicy(

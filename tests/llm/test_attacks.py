@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from attack_cases import ATTACKS, KNOWN, OWN, Attack
 
-from metaopt.program import ProgramTextError, evaluate, read_loss
-from metaopt_llm.sandbox import CandidateError, FreeLoss, Level, Limits, Sandbox, SandboxError, sandbox
+from metaopt import registry
+from metaopt.objective import LOG_PROBABILITIES, Objective
+from metaopt.program import ProgramObjective, ProgramTextError, evaluate, read_loss
+from metaopt.unroll import start, unroll
+from metaopt_llm.sandbox import CandidateError, FreeLoss, Level, Limits, Sandbox, SandboxError
+from metaopt_tasks.preference import preference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="free Python runs on Linux only")
 
@@ -100,11 +105,13 @@ LAYERS = {
 @contextmanager
 def without(layers: str) -> Iterator[Sandbox]:
     """A sandbox, at whatever level it then reaches."""
+
+    class Weaker(Sandbox):
+        _START = Sandbox._START.replace("from metaopt_llm", f"{LAYERS[layers]}from metaopt_llm", 1)
+
     with pytest.MonkeyPatch.context() as patch:
-        start = sandbox._START.replace("from metaopt_llm", LAYERS[layers] + "from metaopt_llm", 1)
-        patch.setattr(sandbox, "_START", start)
         patch.setenv("API_KEY", TOKEN)
-        with Sandbox(Limits(seconds=SECONDS, cpu_seconds=10, megabytes=256), Level.LIMITS) as made:
+        with Weaker(Limits(seconds=SECONDS, cpu_seconds=10, megabytes=256), Level.LIMITS) as made:
             with made.candidate(HONEST, ["rho"], {"beta": 0.5}) as candidate:
                 made.least = candidate.level
             yield made
@@ -116,7 +123,7 @@ def best() -> Iterator[Sandbox]:
         yield made
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(scope="module", params=[level for level in LAYERS if level != "full"])
 def confined(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with without(request.param) as made:
         if str(made.least) != request.param:
@@ -129,7 +136,7 @@ def run(confined: Sandbox, text: str, weights: torch.Tensor) -> str:
     weights.grad = None
     try:
         with confined.candidate(text, ["rho"], {"beta": 0.5}) as candidate:
-            loss = FreeLoss(candidate, ["rho"])
+            loss = FreeLoss(candidate)
             for _ in range(2):
                 loss({"rho": weights * torch.tensor([1.0, -2.0, 0.5])}).mean().backward()
     except CandidateError as error:
@@ -137,7 +144,15 @@ def run(confined: Sandbox, text: str, weights: torch.Tensor) -> str:
     return ""
 
 
-def descendants(pid: int) -> int:
+def runs(pid: int) -> bool:
+    """Also one that nobody has waited for has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> set[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -149,16 +164,18 @@ def descendants(pid: int) -> int:
     while len(found) != last:
         last = len(found)
         found |= {child for child, parent in parents.items() if parent in found}
-    return len(found) - 1
+    return found - {pid}
 
 
 def require_honest_work(confined: Sandbox) -> None:
     rho = torch.tensor([-3.0, 0.0, 5.0], requires_grad=True)
-    limits, confined.limits = confined.limits, Limits(seconds=60)
-    with confined.candidate(HONEST, ["rho"], {"beta": 0.5}) as candidate:
-        value = FreeLoss(candidate, ["rho"])({"rho": rho})
-        value.mean().backward()
-    confined.limits = limits
+    limits, confined.limits = confined.limits, Limits(seconds=60)  # however busy the machine is
+    try:
+        with confined.candidate(HONEST, ["rho"], {"beta": 0.5}) as candidate:
+            value = FreeLoss(candidate)({"rho": rho})
+            value.mean().backward()
+    finally:
+        confined.limits = limits
     expected = torch.tensor([-3.0, 0.0, 5.0], requires_grad=True)
     F.logsigmoid(0.5 * expected).mul(-1).mean().backward()
     torch.testing.assert_close(value, -F.logsigmoid(0.5 * expected))
@@ -176,7 +193,6 @@ def require_contained(confined: Sandbox, prey: Prey, attack: Attack) -> None:
     assert TOKEN not in outcome, attack.name
     assert len(outcome) < 500
     prey.require_unharmed()
-    require_honest_work(confined)
     assert descendants(confined._server.pid) == before
 
 
@@ -190,15 +206,17 @@ def test_free_python_is_contained(best: Sandbox, prey: Prey, attack: Attack) -> 
     if not met(best.least, attack):
         pytest.skip(f"this machine confines to level {str(best.least)!r}, which is refused by default")
     require_contained(best, prey, attack)
+    require_honest_work(best)
 
 
 def test_what_reaches_out_is_contained_at_each_level(confined: Sandbox, prey: Prey) -> None:
     for attack in ATTACKS:
         if attack.reaches_out and met(confined.least, attack):
             require_contained(confined, prey, attack)
+    require_honest_work(confined)
 
 
-def test_losses_and_gradients_that_a_candidate_writes_itself_are_only_numbers(confined: Sandbox, prey: Prey) -> None:
+def test_losses_and_gradients_that_a_candidate_writes_itself_are_only_numbers(best: Sandbox, prey: Prey) -> None:
     spoof = """
 def loss(rho, beta):
     import os, struct
@@ -206,59 +224,98 @@ def loss(rho, beta):
         os.write(4, struct.pack("<BIQ", 4, number, 4 * count) + struct.pack(f"<{count}f", *[7.0] * count))
     return rho
 """
-    with confined.candidate(spoof, ["rho"], {"beta": 0.5}) as candidate:
-        loss = FreeLoss(candidate, ["rho"])({"rho": prey.weights * 1})
+    with best.candidate(spoof, ["rho"], {"beta": 0.5}) as candidate:
+        loss = FreeLoss(candidate)({"rho": prey.weights * 1})
         assert loss.tolist() == [7.0, 7.0, 7.0]
         prey.weights.grad = None
         loss.sum().backward()
         assert prey.weights.grad is not None
         assert prey.weights.grad.tolist() == [7.0, 7.0, 7.0]
         with pytest.raises(CandidateError, match="something else"):
-            FreeLoss(candidate, ["rho"])({"rho": prey.weights * 1})
+            FreeLoss(candidate)({"rho": prey.weights * 1})
     prey.require_unharmed()
 
 
-def test_a_candidate_that_failed_is_asked_no_more(confined: Sandbox) -> None:
-    with confined.candidate("def loss(rho): return rho / 0", ["rho"], {}) as candidate:
+def test_a_candidate_that_failed_is_asked_no_more(best: Sandbox) -> None:
+    with best.candidate("def loss(rho): return rho / 0", ["rho"], {}) as candidate:
         with pytest.raises(CandidateError, match="not finite"):
             candidate.evaluate([torch.ones(2)])
         with pytest.raises(CandidateError, match="cannot be asked"):
             candidate.evaluate([torch.ones(2)])
 
 
-def test_a_second_candidate_waits_for_the_first(confined: Sandbox) -> None:
+def test_a_second_candidate_waits_for_the_first(best: Sandbox) -> None:
     with (
-        confined.candidate(HONEST, ["rho"], {"beta": 1.0}),
+        best.candidate(HONEST, ["rho"], {"beta": 1.0}),
         pytest.raises(SandboxError, match="one candidate at a time"),
     ):
-        require_honest_work(confined)
+        require_honest_work(best)
 
 
-def test_a_server_that_was_killed_is_replaced(confined: Sandbox) -> None:
-    os.killpg(confined._server.pid, 9)
-    require_honest_work(confined)
+def test_a_server_that_was_killed_is_replaced(best: Sandbox) -> None:
+    os.killpg(best._server.pid, 9)
+    require_honest_work(best)
 
 
 def test_too_low_a_level_is_refused(confined: Sandbox) -> None:
     level, confined.least = confined.least, Level.FULL
-    try:
-        if level == Level.FULL:
-            require_honest_work(confined)
-        else:
-            with pytest.raises(SandboxError, match=f"level '{level}' here, and 'full' is asked for"):
-                require_honest_work(confined)
-    finally:
-        confined.least = level
+    with pytest.raises(SandboxError, match=f"level '{level}' here, and 'full' is asked for"):
+        require_honest_work(confined)
+    confined.least = level
+    require_honest_work(confined)
 
 
-def test_copies_under_vmap_have_their_own_losses_and_gradients(confined: Sandbox) -> None:
+def test_nothing_outlives_a_search_that_is_killed() -> None:
+    search = """
+import threading, os, torch
+from metaopt_llm.sandbox import Level, Limits, Sandbox
+with Sandbox(Limits(seconds=600), Level.LIMITS) as sandbox:
+    with sandbox.candidate("def loss(rho):\\n    while True: pass", ["rho"], {}) as candidate:
+        threading.Timer(1.0, lambda: (print("running", flush=True), input(), os.kill(os.getpid(), 9))).start()
+        candidate.evaluate([torch.zeros(1)])
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", search], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "running\n"
+        started = descendants(process.pid)
+        assert len(started) >= 2  # the server and the candidate
+        process.communicate("\n")
+    assert process.returncode == -9
+    deadline = time.monotonic() + 60
+    while any(map(runs, started)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_copies_under_vmap_have_their_own_losses_and_gradients(best: Sandbox) -> None:
     text = "def loss(rho, beta):\n    return torch.exp(-beta * rho) * rho.std()\n"
     rho = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(3, 4) ** 3
 
     def reference(x: torch.Tensor) -> torch.Tensor:
         return (torch.exp(-0.5 * x) * x.std() * torch.arange(4.0)).sum()
 
-    with confined.candidate(text, ["rho"], {"beta": 0.5}) as candidate:
-        loss = FreeLoss(candidate, ["rho"])
+    with best.candidate(text, ["rho"], {"beta": 0.5}) as candidate:
+        loss = FreeLoss(candidate)
         made = torch.vmap(torch.func.grad(lambda x: (loss({"rho": x}) * torch.arange(4.0)).sum()))(rho)
     torch.testing.assert_close(made, torch.vmap(torch.func.grad(reference))(rho), rtol=1e-12, atol=1e-12)
+
+
+def test_a_free_loss_trains_a_task_as_the_same_text_does_in_the_language(best: Sandbox) -> None:
+    text = """
+def loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    rho = policy_chosen_logps - policy_rejected_logps - (reference_chosen_logps - reference_rejected_logps)
+    return -F.logsigmoid(self.beta * rho)
+"""
+    rule = registry.create("optimizer", "adamw", lr=0.02)
+
+    def losses(objective: Objective) -> torch.Tensor:
+        task = preference(objective=objective)
+        return unroll(task, rule, start(task, rule, [0, 1]), 5)[0]
+
+    with best.candidate(text, LOG_PROBABILITIES, {"beta": 0.5}) as candidate:
+        made = losses(FreeLoss(candidate))
+    program = read_loss(text, LOG_PROBABILITIES, ["beta"])
+    # both are float32, and log-sigmoid is computed in two ways
+    expected = losses(ProgramObjective(code=program, numbers=(("beta", 0.5),)))
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)

@@ -126,13 +126,13 @@ def test_distorted_images_are_the_images_where_nothing_is_distorted() -> None:
 
 def test_maml_differentiates_the_adaptation() -> None:
     made = MamlSine(episodes=4, hidden=(8,), inner_lr=0.1)
-    support, query = ([part.double() for part in pair] for pair in made.points("train", 0, 4))
+    support, query = ((x.double(), y.double()) for x, y in made.points("train", 0, 4))
     start = as_double(made.hypers(Generator().manual_seed(0)))
 
     def outer(params: Hypers, hypers: Hypers) -> Tensor:
-        return made.errors(params, tuple(query)).mean()
+        return made.errors(params, query).mean()
 
-    inner = made.adaptation(tuple(support), 1)
+    inner = made.adaptation(support, 1)
     found = hypergradient(inner, outer, start, "unroll").grads
     generator = Generator().manual_seed(1)
     direction = {

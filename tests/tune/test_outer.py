@@ -100,7 +100,7 @@ def test_keeps_what_is_best_on_the_third_split_and_tells_the_gap() -> None:
     best = min(range(len(holdouts)), key=holdouts.__getitem__)
     assert 0 < best < len(holdouts) - 1
     assert (result.step, result.holdout) == (best, holdouts[best])
-    assert result.gap == result.holdout - result.outer
+    assert result.gap == holdouts[best] - result.outer
     assert result.last_gap == holdouts[-1] - result.history[-1]["outer"]
     optimal = torch.linalg.solve(A, B @ result.hypers["l"])
     torch.testing.assert_close(result.params["w"], optimal, rtol=0, atol=1e-6)  # of the same step

@@ -87,7 +87,9 @@ def confine(limits: Limits, empty: str | None) -> Level:
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_NOFILE, 0),  # no new ones; those that are open stay
     ):
-        resource.setrlimit(kind, (most, most))
+        _, hard = resource.getrlimit(kind)
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (least, least))
     _drop_capabilities()
     libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.prctl(_SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0:

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaopt.objective import Kind, Objective
 from metaopt_llm.sandbox.sandbox import Candidate
 
 
-class FreeLoss:
-    """``loss(inputs) -> [B]``: differentiable once, vmap-safe; called as objectives are.
+class FreeLoss(Objective):
+    """The loss of a candidate: differentiable once, vmap-safe.
 
-    Each call, and each backward pass, is one round trip to the candidate, in float64 for float64 inputs and in float32 for
-    others. Copies under vmap take one each.
+    Each call, and each backward pass, is one round trip to the candidate; copies under vmap take one each.
 
-    Args:
-        candidate: what runs (`Sandbox.candidate`).
-        tensors: the names that it was made with.
+    Attributes:
+        candidate: what runs (`metaopt_llm.sandbox.Sandbox.candidate`).
+        of: the kind.
     """
 
-    def __init__(self, candidate: Candidate, tensors: Sequence[str]) -> None:
-        self._candidate = candidate
-        self._tensors = tuple(tensors)
+    candidate: Candidate
+    of: Kind = "preference"
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The loss of each example.
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """`of`."""
+        return self.of
 
-        Args:
-            inputs: at least the tensors that the candidate was made with, all of one shape [B].
+    @property
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the candidate was made with."""
+        return self.candidate.tensors
+
+    @property
+    def batch_dependent(self) -> bool:  # type: ignore[override]
+        """As far as anybody knows."""
+        return True
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """``(*inputs) -> loss`` [B]; all inputs are [B].
 
         Raises:
-            ValueError: an input is missing, or shapes differ.
             CandidateError: the candidate failed.
         """
-        missing = [name for name in self._tensors if name not in inputs]
-        if missing:
-            raise ValueError(f"the loss needs {', '.join(self._tensors)}; the inputs lack {', '.join(missing)}")
-        given = [inputs[name] for name in self._tensors]
-        if any(x.dim() != 1 or x.shape != given[0].shape for x in given):
-            raise ValueError(f"the inputs must have one value per example, got {[list(x.shape) for x in given]}")
-        wide = torch.float64 if all(x.dtype == torch.float64 for x in given) else torch.float32
-        return _Loss.apply(self._candidate, *(x.to(wide) for x in given))
+        return _Loss.apply(self.candidate, *inputs)
 
 
 def _on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ _SERVER_SECONDS = 120.0
 """To import torch on a busy machine."""
 _CHILD_SECONDS = 30.0
 """To fork and confine a child, and to end one."""
-_START = "import sys; sys.path[:] = {path!r}; from metaopt_llm.sandbox.server import serve; serve({fd}, {empty!r})"
 
 
 class SandboxError(RuntimeError):
@@ -52,6 +52,10 @@ class Sandbox:
     Raises:
         SandboxError: not on Linux, or the server did not start.
     """
+
+    _START: ClassVar = (
+        "import sys; sys.path[:] = {path!r}; from metaopt_llm.sandbox.server import serve; serve({fd}, {empty!r})"
+    )
 
     def __init__(self, limits: Limits | None = None, least: Level = Level.NAMESPACES) -> None:
         if sys.platform != "linux":
@@ -103,7 +107,7 @@ class Sandbox:
         self._busy = True
         candidate = None
         try:
-            candidate = self._start_candidate(len(tensors))
+            candidate = self._start_candidate(tuple(tensors))
             if candidate.level < self.least:
                 raise SandboxError(
                     f"candidates can be confined to level {str(candidate.level)!r} here, and {str(self.least)!r} is asked for; "
@@ -117,7 +121,7 @@ class Sandbox:
                 candidate.close()
                 self._ask_server(b"end", [])
 
-    def _start_candidate(self, inputs: int) -> Candidate:
+    def _start_candidate(self, tensors: tuple[str, ...]) -> Candidate:
         ours, theirs = [], []
         for k in range(2):  # requests, replies
             ends = os.pipe2(os.O_CLOEXEC)
@@ -125,7 +129,7 @@ class Sandbox:
             theirs.append(ends[k])
         try:
             self._ask_server(json.dumps(asdict(self.limits)).encode(), theirs)
-            return Candidate(ours[0], ours[1], self.limits, inputs)
+            return Candidate(ours[0], ours[1], self.limits, tensors)
         except BaseException:
             for fd in ours:
                 os.close(fd)
@@ -138,7 +142,7 @@ class Sandbox:
 
     def _start_server(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        start = _START.format(path=[*map(os.path.abspath, sys.path)], fd=theirs.fileno(), empty=str(self._empty))
+        start = self._START.format(path=[*map(os.path.abspath, sys.path)], fd=theirs.fileno(), empty=str(self._empty))
         errors = Path(self._files.name, "errors")
         with theirs, errors.open("wb") as stderr:
             self._server = subprocess.Popen(
@@ -193,19 +197,22 @@ class Candidate:
     """A running candidate; made by `Sandbox.candidate`.
 
     Attributes:
+        tensors: names of what the loss is of.
         level: how well it is confined.
     """
 
-    def __init__(self, requests: int, replies: int, limits: Limits, inputs: int) -> None:
+    def __init__(self, requests: int, replies: int, limits: Limits, tensors: tuple[str, ...]) -> None:
+        self.tensors = tensors
         self._requests, self._replies = requests, replies
         self._limits = limits
-        self._inputs = inputs
         self._number = 0
         self._failure = ""
         for fd in (requests, replies):
             os.set_blocking(fd, False)
-        # written before the child had anything of the candidate
-        self.level = Level(self._read(Kind.READY, 1, time.monotonic() + _CHILD_SECONDS)[0])
+        try:  # this comes before the child has anything of the candidate
+            self.level = Level(self._read(Kind.READY, 1, time.monotonic() + _CHILD_SECONDS)[0])
+        except CandidateError as error:
+            raise SandboxError(f"a process for a candidate could not be started and confined: {error}") from None
 
     def define(self, request: Mapping[str, object]) -> None:
         """Hand the text over; see `Sandbox.candidate`."""
@@ -227,7 +234,7 @@ class Candidate:
         rows = [*inputs, *([] if weights is None else [weights])]
         array = np.stack([row.detach().numpy() for row in rows])
         size, examples = array.dtype.itemsize, array.shape[1]
-        count = 1 if weights is None else 1 + self._inputs
+        count = 1 if weights is None else 1 + len(self.tensors)
         request = EVALUATION.pack(size, examples, weights is not None) + array.tobytes()
         reply = self._call(Kind.EVALUATE, request, count * examples * size)
         values = np.frombuffer(reply, array.dtype).reshape(count, examples).copy()

@@ -109,7 +109,12 @@ def _run(descriptors: list[int], limits: Limits, empty: str | None) -> None:
     for fd, source in enumerate(kept):
         os.dup2(source, fd)
     os.closerange(len(kept), os.sysconf("SC_OPEN_MAX"))
-    _send(Frame(Kind.READY, 0, bytes([confine(limits, empty)])))
+    try:
+        level = confine(limits, empty)
+    except OSError as error:
+        _send(_failure(0, error))
+        return
+    _send(Frame(Kind.READY, 0, bytes([level])))
     candidate = None
     while True:
         kind, number, length = HEADER.unpack(_receive(HEADER.size))
@@ -122,8 +127,11 @@ def _run(descriptors: list[int], limits: Limits, empty: str | None) -> None:
                 reply = candidate.answer(payload)
             _send(Frame(Kind.VALUES, number, reply))
         except BaseException as error:
-            text = f"{type(error).__name__}: {error}".encode("ascii", "replace")[:LONGEST_ERROR]
-            _send(Frame(Kind.ERROR, number, text))
+            _send(_failure(number, error))
+
+
+def _failure(number: int, error: BaseException) -> Frame:
+    return Frame(Kind.ERROR, number, f"{type(error).__name__}: {error}".encode("ascii", "replace")[:LONGEST_ERROR])
 
 
 def _receive(length: int) -> bytes:

@@ -17,7 +17,7 @@ from metaopt_tasks.data.load import moved, split_rows
 KINDS = ("clean", "noisy", "shuffled")
 REWARDS = ("linear", "curved")
 FLIPS = 0.2
-"""Share of pairs that ``noisy`` data rank the wrong way round."""
+"""Share of pairs that ``noisy`` data rank the wrong way round, unless they are told another."""
 _DEMONSTRATIONS = 512
 _FIT_STEPS, _FIT_RATE = 200, 0.5
 
@@ -30,6 +30,7 @@ def preferences(
     reward: str = "linear",
     examples: int = 3000,
     seed: int = 0,
+    flips: float = FLIPS,
 ) -> dict[str, Split]:
     """Pairs of a preferred and a rejected answer, with all that is needed to train a policy on them and to judge it.
 
@@ -45,19 +46,24 @@ def preferences(
         device: of the tensors.
         features: of a question.
         actions: answers to choose from.
-        kind: ``clean``: the better answer is the preferred one; ``noisy``: except in a share `FLIPS` of the pairs;
+        kind: ``clean``: the better answer is the preferred one; ``noisy``: except in a share ``flips`` of the pairs;
             ``shuffled``: the two answers are to different questions, and ranked without regard to how easy those are.
         reward: ``linear`` in the question, or ``curved``: a random network with one hidden layer.
         examples: pairs in all.
         seed: of everything.
+        flips: share of pairs that ``noisy`` data rank the wrong way round, in [0, 0.5].
     """
     require_choice("kind", kind, KINDS)
     require_choice("reward", reward, REWARDS)
-    return moved(_preferences(features, actions, kind, reward, examples, seed), device)
+    if not 0 <= flips <= 0.5:
+        raise ValueError(f"flips must be in [0, 0.5], got {flips}; above a half the pairs say the opposite")
+    return moved(_preferences(features, actions, kind, reward, examples, seed, flips), device)
 
 
 @cache
-def _preferences(features: int, actions: int, kind: str, reward: str, examples: int, seed: int) -> dict[str, Split]:
+def _preferences(
+    features: int, actions: int, kind: str, reward: str, examples: int, seed: int, flips: float
+) -> dict[str, Split]:
     generator = Generator().manual_seed(seed)
 
     width = 4 * features
@@ -79,7 +85,7 @@ def _preferences(features: int, actions: int, kind: str, reward: str, examples: 
     two = (one + step) % actions  # never the same answer twice
     first = score(x).gather(1, one[:, None]).squeeze(1) > score(other).gather(1, two[:, None]).squeeze(1)
     if kind == "noisy":
-        first = first ^ (uniform(generator, examples) < FLIPS)
+        first = first ^ (uniform(generator, examples) < flips)
     preferred = torch.where(first[:, None], x, other)
     beaten = torch.where(first[:, None], other, x)
     shortfall = score(preferred) - score(preferred).amax(1, keepdim=True)

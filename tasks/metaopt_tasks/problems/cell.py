@@ -44,14 +44,13 @@ class ToyCell(Classification):
 
     data: str = "spirals"
     examples: int = 300
-    outer_steps: ClassVar[int] = 50
-    inner_steps: int = 60
-    inner_lr: float = 0.5
+    outer_lr: ClassVar[float] = 0.3
+    inner_steps: int = 80
     width: int = 8
 
     def hypers(self, generator: Generator) -> Hypers:
         """All operations alike, but for a little noise."""
-        return {"alphas": 1e-3 * torch.randn(len(EDGES), len(OPERATIONS), generator=generator)}
+        return {"alphas": (1e-3 * torch.randn(len(EDGES), len(OPERATIONS), generator=generator)).to(self.device)}
 
     def inner(self, step: int) -> Inner:
         """Full-batch training of all operations' weights."""

@@ -119,7 +119,7 @@ class SampleSelection(Weighted):
     outer_steps: ClassVar[int] = 100
     examples: int = 600
     corrupted: float = 0.3
-    share: float = 0.1
+    share: float = 0.2
     strength: float = 10.0
 
     def outer(self, params: Params, hypers: Hypers, step: int) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -40,6 +41,11 @@ class Perceptron(Classification):
         """Of a perceptron with tanh, whose derivatives are smooth."""
         return mlp(params, inputs, torch.tanh)
 
+    def training(self, loss: Callable[[Params, Hypers, Batch], Tensor], **data: Any) -> Inner:
+        """A run on this loss from the network's initial parameters; ``data`` as in `Inner.of_rule`."""
+        rule = resolve_rule(self.rule, lr=self.inner_lr)
+        return Inner.of_rule(loss, rule, self.network((self.hidden,)), self.inner_steps, **data)
+
 
 @dataclass(frozen=True)
 class WeightDecay(Perceptron):
@@ -64,7 +70,8 @@ class WeightDecay(Perceptron):
 
     def hypers(self, generator: Generator) -> Hypers:
         """The logarithm of ``initial`` everywhere."""
-        shapes = {name: p.shape if self.per == "parameter" else () for name, p in self._start.items()}
+        start = self.network((self.hidden,))
+        shapes = {name: p.shape if self.per == "parameter" else () for name, p in start.items()}
         shapes = {"all": ()} if self.per == "all" else shapes
         return {name: torch.full(shape, math.log(self.initial), device=self.device) for name, shape in shapes.items()}
 
@@ -76,13 +83,7 @@ class WeightDecay(Perceptron):
             logs = {name: hypers["all" if self.per == "all" else name] for name in params}
             return fit + sum((logs[name].exp() * p**2).sum() for name, p in params.items()) / 2
 
-        return Inner.of_rule(
-            loss, resolve_rule(self.rule, lr=self.inner_lr), self._start, self.inner_steps, full_batch=self._noisy,
-        )  # fmt: skip
-
-    @cached_property
-    def _start(self) -> Params:
-        return self.network((self.hidden,))
+        return self.training(loss, full_batch=self._noisy)
 
     @cached_property
     def _noisy(self) -> Batch:
@@ -125,8 +126,7 @@ class LossWeighting(Perceptron):
             weights = (self.classes * hypers["class_log_weights"].softmax(0))[batch["label"]]
             return -(weights * (target * logs).sum(1)).mean()
 
-        rule = resolve_rule(self.rule, lr=self.inner_lr)
-        return Inner.of_rule(loss, rule, self.network((self.hidden,)), self.inner_steps, full_batch=self._imbalanced)
+        return self.training(loss, full_batch=self._imbalanced)
 
     @cached_property
     def _imbalanced(self) -> Batch:
@@ -164,10 +164,9 @@ class LearnedAugmentation(Perceptron):
             return F.cross_entropy(self.logits(params, hypers, self.distorted(batch, hypers)), batch["label"])
 
         inner = self.parts["inner"]
-        return Inner.of_rule(
-            loss, resolve_rule(self.rule, lr=self.inner_lr), self.network((self.hidden,)), self.inner_steps,
-            batches=lambda t: inner | {"key": torch.tensor(step * self.inner_steps + t, device=self.device)},
-        )  # fmt: skip
+        return self.training(
+            loss, batches=lambda t: inner | {"key": torch.tensor(step * self.inner_steps + t, device=self.device)}
+        )
 
     def distorted(self, batch: Batch, hypers: Hypers) -> Tensor:
         """Images [n, pixels], each turned by its own angle, stretched, shifted and with noise."""

@@ -1,0 +1,1 @@
+"""Search for losses: who proposes them, how they are judged, and what is kept."""

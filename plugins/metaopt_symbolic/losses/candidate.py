@@ -1,0 +1,115 @@
+"""A candidate loss: read from what a proposer wrote, checked, and printed as Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from metaopt.objective import faults
+from metaopt.program import ProgramObjective, read_loss
+from metaopt_symbolic.analysis import without_redundant
+from metaopt_symbolic.fingerprint import fingerprint
+from metaopt_symbolic.genome import Genome, GenomeError, from_loss, parse
+
+INPUTS, BETA = ("rho",), 0.05
+"""What candidates are of, and their one number beside it."""
+
+Behaviour = tuple[int, int]
+"""The fingerprint of what a loss does: equal ones train alike."""
+
+
+def read(source: str) -> Genome:
+    """A candidate as a genome, without what does nothing.
+
+    Args:
+        source: a program of the search language, or what `metaopt.program.read_loss` takes, of rho and beta.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        genome = parse(source)
+    except GenomeError:
+        genome = from_loss(read_loss(source, INPUTS, ("beta",)), {"beta": BETA})
+    if genome.outputs != ("loss",) or genome.tensors != INPUTS or genome.scalars:
+        raise ValueError("a candidate is a function of rho, and perhaps beta, that returns one loss per pair")
+    return without_redundant(genome)
+
+
+def objective(genome: Genome) -> ProgramObjective:
+    """What a candidate trains with."""
+    return ProgramObjective(genome.program())
+
+
+def behaviour(genome: Genome, known: Mapping[Behaviour, str]) -> Behaviour:
+    """What a candidate does, after all checks that come before training.
+
+    Args:
+        genome: of a loss.
+        known: what earlier ones do, and their names.
+
+    Raises:
+        ValueError: not finite on the probes of `metaopt.objective.probes` in float32 or in float64, without a slope, or known.
+    """
+    found = faults(objective(genome), (torch.float32,))
+    if found:
+        raise ValueError(found[0])
+    shown = fingerprint([genome.program()])
+    if not shown.finite[0]:
+        raise ValueError("the loss or its derivative is no finite number for some rho between -30 and 30")
+    if not shown.uses_gradient[0]:
+        raise ValueError("the derivative by rho is 0 everywhere, so nothing would be learnt")
+    first, second = shown.hashes[0].tolist()
+    if (first, second) in known:
+        raise ValueError(f"it computes the same as {known[first, second]}; propose something else")
+    return first, second
+
+
+class LossValidator:
+    """What is wrong with a source, in words for its author: a `metaopt.search.Validator`.
+
+    Attributes:
+        known: what may not be proposed again, by name; whoever searches adds to it.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Behaviour, str] = {}
+
+    def __call__(self, source: str) -> str | None:
+        try:
+            behaviour(read(source), self.known)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+_PYTHON = {
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "exact_div": "{} / {}", "div": "{} / ({} + 1e-08)",
+    "negative": "-{}", "copy": "{}", "log": "torch.log(torch.abs({}))", "sqrt": "torch.sqrt(torch.abs({}))",
+    "log1p": "torch.log(torch.abs(1.0 + {}))", "expm1": "torch.exp({}) - 1.0", "exact_log": "torch.log({})",
+    "exact_sqrt": "torch.sqrt({})", "logsigmoid": "F.logsigmoid({})", "max": "torch.maximum({}, {})",
+    "min": "torch.minimum({}, {})", "power": "torch.pow({}, {})", "arctan": "torch.atan({})",
+    "where": "torch.where({}, {}, {})", "interpolate": "(1 - {2}) * {0} + {2} * {1}", "reciprocal": "1.0 / {}",
+    "cube": "{0} * {0} * {0}", "global_sum": "{}.sum()", "mean": "{}.mean()",
+    **{name: f"torch.{name}({{}})" for name in (
+        "abs", "exp", "tanh", "sigmoid", "relu", "square", "sign", "sin", "cos",
+    )},
+    **{name: f"{{}} {sign} {{}}" for name, sign in (("gt", ">"), ("lt", "<"), ("ge", ">="), ("le", "<="))},
+}  # fmt: skip
+FUNCTIONS = tuple(sorted(_PYTHON))
+"""Of the search language, those that candidates are printed with."""
+
+
+def python(genome: Genome) -> str:
+    """A candidate as Python that `read` takes.
+
+    Raises:
+        ValueError: a function that is not in `FUNCTIONS`.
+    """
+    lines = [f"def loss({', '.join(genome.tensors)}):"]
+    for target, function, args in genome.body:
+        if function not in _PYTHON:
+            raise ValueError(f"candidates are of the functions {', '.join(FUNCTIONS)}, got {function}")
+        lines.append(f"    {target} = {_PYTHON[function].format(*map(str, args))}")
+    return "\n".join([*lines, "    return loss", ""])

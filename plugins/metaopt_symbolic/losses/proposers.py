@@ -1,0 +1,81 @@
+"""Who proposes losses, by the names that users type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from metaopt import registry
+from metaopt.search import Proposer
+from metaopt_symbolic.losses.candidate import LossValidator
+
+LEDGER = "ledger.jsonl"
+
+
+@contextmanager
+def proposing(
+    names: Sequence[str],
+    validator: LossValidator,
+    directory: Path,
+    *,
+    options: Mapping[str, Any],
+    calls: int | None = None,
+    money: float | None = None,
+    seed: int = 0,
+) -> Iterator[Proposer]:
+    """One proposer, or a mixture of several; in use until the context ends.
+
+    Args:
+        names: registered proposers with the tag ``loss`` or ``llm``.
+        validator: what they validate with.
+        directory: of the search; calls of language models are in its `LEDGER`.
+        options: of the language models.
+        calls: that they may make; None: any number.
+        money: that these may cost, by the prices in ``options``.
+        seed: of proposers that draw, and of the mixture.
+
+    Raises:
+        ValueError: a proposer of something else, a name given twice, or options that no language model takes.
+    """
+    tags = {name: registry.get("proposer", name).tags for name in names}
+    for name in names:
+        if not {"loss", "llm"} & {*tags[name]}:
+            raise ValueError(
+                f"{name} proposes no losses; choose from {', '.join(registered('loss', 'llm'))}, with commas between several"
+            )
+    if len(tags) < len(names):
+        raise ValueError(f"a proposer takes part once, got {', '.join(names)}")
+    models = [name for name in names if "llm" in tags[name]]
+    if not models and (options or calls is not None or money is not None):
+        raise ValueError("options, calls and money are of language models; name one of them, or leave these out")
+    found: dict[str, Proposer] = {
+        name: registry.create("proposer", name, validate=validator, seed=seed) for name in names if name not in models
+    }
+    stack = ExitStack()
+    if models:
+        from metaopt_llm.form import python_form
+        from metaopt_llm.ledger import Budget, Ledger
+        from metaopt_llm.template_files import Templates
+
+        form = python_form("preference_loss", Templates(options.get("templates")))
+        ledger = Ledger(directory / LEDGER, Budget(calls=calls, money=money))
+        stack.callback(ledger.close)
+        for name in models:
+            found[name] = registry.create(
+                "proposer", name, form=form, validate=validator, ledger=ledger, **{"name": name, **options}
+            )
+    with stack:
+        if len(names) == 1:
+            yield found[names[0]]
+            return
+        from metaopt_llm.bandit import Bandit
+        from metaopt_llm.proposers import Mixture
+
+        yield Mixture([found[name] for name in names], Bandit(names, seed=seed))
+
+
+def registered(*tags: str) -> list[str]:
+    """Names of proposers with one of these tags."""
+    return [name for name, spec in registry.specs("proposer").items() if {*tags} & {*spec.tags}]
