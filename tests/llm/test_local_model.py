@@ -76,7 +76,7 @@ def test_it_listens_on_this_machine_alone_and_stops_whatever_it_is_doing() -> No
     assert server.base_url.startswith("http://127.0.0.1:")
     assert health(server) == 200
     with ThreadPoolExecutor(1) as thread:
-        long = ChatRequest((Message("user", "Count to one thousand."),), max_tokens=3000)
+        long = ChatRequest((Message("user", "one two three " * 1000),), max_tokens=1000)  # half a minute to read alone
         under_way = thread.submit(server.exchange, long, "text", 60.0)
         time.sleep(0.5)
         server.close()

@@ -25,7 +25,7 @@ def test_a_local_model_proposes_losses_that_train_policies(tmp_path: Path) -> No
     config = LoopConfig("Learn from preferences.", ("local",), judge.describe(), batch=4)
     with proposing(["local"], validator, tmp_path, options={"examples": 2}) as proposer:
         loop = Loop(config, judge, proposer, validator, tmp_path)
-        loop.run(evaluations=24, seconds=330)
+        loop.run(evaluations=24, seconds=300)
     assert loop.counts.proposed >= 24
     assert loop.counts.failed == 0
     assert (loop.counts.proposed - loop.counts.invalid) / loop.counts.proposed >= 0.9

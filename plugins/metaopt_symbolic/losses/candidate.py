@@ -18,6 +18,9 @@ INPUTS, BETA = ("rho",), 0.05
 Behaviour = tuple[int, int]
 """The fingerprint of what a loss does: equal ones train alike."""
 
+SAME = "it computes the same as"
+"""How the error of a valid candidate begins that is not new."""
+
 
 def read(source: str) -> Genome:
     """A candidate as a genome, without what does nothing.
@@ -62,7 +65,7 @@ def behaviour(genome: Genome, known: Mapping[Behaviour, str]) -> Behaviour:
         raise ValueError("the derivative by rho is 0 everywhere, so nothing would be learnt")
     first, second = shown.hashes[0].tolist()
     if (first, second) in known:
-        raise ValueError(f"it computes the same as {known[first, second]}; propose something else")
+        raise ValueError(f"{SAME} {known[first, second]}; propose something else")
     return first, second
 
 

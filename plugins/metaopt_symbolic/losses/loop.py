@@ -22,7 +22,7 @@ import numpy as np
 from metaopt.files import write_atomic
 from metaopt.search import Archive, Elite, Proposal, Proposer, ProposerError, Request
 from metaopt_symbolic.genome import LOSS_SEEDS, Genome, parse
-from metaopt_symbolic.losses.candidate import LossValidator, behaviour, objective, python, read
+from metaopt_symbolic.losses.candidate import SAME, LossValidator, behaviour, objective, python, read
 from metaopt_symbolic.losses.islands import Islands, Member
 from metaopt_symbolic.losses.judge import Judge, Score, Stage
 
@@ -80,7 +80,7 @@ class LoopCounts:
         rounds: of requests.
         proposed: answers.
         invalid: answers that could not be mended.
-        known: valid answers that another answer of the same round equals in what it does.
+        known: valid answers that do what another candidate does.
         failed: requests without an answer.
         evaluated: candidates that were trained with, the start not included.
         full: of these, those that reached the last stage.
@@ -282,6 +282,8 @@ class Loop:
                 except ValueError as same:
                     self.counts.known += 1
                     error = str(same)
+            elif error.startswith(SAME):
+                self.counts.known += 1
             else:
                 self.counts.invalid += 1
             self._tell(request, proposal, None)
