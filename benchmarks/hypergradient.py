@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Problem:
     rate: float
     steps: int
 
-    @property
+    @cached_property
     def inner(self) -> Inner:
         return Inner.of_rule(
             lambda p, h, _: self.loss(p["w"], h["l"]), SGD(lr=self.rate), {"w": self.start}, self.steps

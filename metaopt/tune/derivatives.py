@@ -39,7 +39,7 @@ def floating(given: Tree) -> Tree:
     """The tree of the floating-point leaves: those that can be differentiated."""
     if isinstance(given, dict):
         kept = {name: floating(value) for name, value in given.items()}
-        return {name: value for name, value in kept.items() if value is not None and value != {}}
+        return {name: value for name, value in kept.items() if isinstance(value, Tensor) or value}
     return given if given.is_floating_point() else None
 
 
