@@ -23,10 +23,10 @@ except ValueError as absent:
 def test_a_local_model_proposes_losses_that_train_policies(tmp_path: Path) -> None:
     validator, judge = LossValidator(), Judge(search_stages())
     config = LoopConfig("Learn from preferences.", ("local",), judge.describe(), batch=4)
-    with proposing(["local"], validator, tmp_path, options={"examples": 2}) as proposer:
+    with proposing(["local"], validator, tmp_path, options={"examples": 2, "repairs": 0}) as proposer:
         loop = Loop(config, judge, proposer, validator, tmp_path)
-        loop.run(evaluations=24, seconds=300)
-    assert loop.counts.proposed >= 24
+        while loop.counts.proposed < 24:
+            loop.run(evaluations=loop.counts.evaluated + 4)
     assert loop.counts.failed == 0
     assert (loop.counts.proposed - loop.counts.invalid) / loop.counts.proposed >= 0.9
     archived = [e for e in Archive(tmp_path, STUDY, None).elites() if e.facts.get("proposer") == "local"]
