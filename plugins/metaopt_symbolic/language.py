@@ -202,7 +202,7 @@ EXTRAS: dict[str, Function] = _table(
 MATRICES: dict[str, Function] = _table(
     *(Function(name, 1, _op(name), reduces=op.counts, of_tensors=1) for name, op in MATRIX_OPS.items())
 )
-"""Of a tensor as a matrix (`metaopt.matrix`): what rules such as Muon, Shampoo and Adafactor are made of."""
+"""Of a tensor as a matrix (`metaopt.matrix`): what rules such as Muon and Adafactor are made of."""
 
 FUNCTIONS: dict[str, Function] = PAPER | EXTRAS | MATRICES
 NUMBER_OF = {name: k for k, name in enumerate(FUNCTIONS)}

@@ -221,7 +221,8 @@ def _folded(program: Program) -> Program:
         literals = [number for number in numbers if isinstance(number, float)]
         if s.op in OPS and len(literals) == len(numbers):
             known[s.target] = OPS[s.op].scalar(*literals)
-            if s.op not in _IN_PLACE or literals != [*s.args]:
+            in_place = s.op in _IN_PLACE and literals == [*s.args]
+            if not in_place or known[s.target] == 0:  # of integers, -0 is 0
                 values[s.target] = known[s.target]
                 continue
         if s.op in ("maximum", "minimum"):

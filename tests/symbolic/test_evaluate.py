@@ -95,7 +95,8 @@ def test_the_schedule_warms_up_and_falls_to_nothing_at_every_length() -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler: stacked products round as their number wants")
 def test_a_run_does_not_depend_on_the_runs_beside_it_nor_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, others = digits(), [program(text) for text in SEEDS.values()]
+    # but Muon: torch's products of stacked matrices may round as their number wants
+    task, others = digits(), [program(text) for name, text in SEEDS.items() if name != "muon"]
     mine = program(NORMED)
     alone = runs_of(task, mine, checkpoints=2)
     among = runs_of(task, *others, mine, *others, checkpoints=2)

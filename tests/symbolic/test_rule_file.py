@@ -84,6 +84,15 @@ def test_the_file_is_the_candidate(name: str, tmp_path: Path) -> None:
     assert_the_same(load(CHAMPIONS[name], tmp_path / "rule.py"), CHAMPIONS[name])
 
 
+@pytest.mark.parametrize("zero", ["negative(0.0)", "mul(0.0, -1.0)"])
+def test_a_negative_zero_keeps_its_sign(zero: str, tmp_path: Path) -> None:
+    """Python reads ``-0`` as the integer 0."""
+    text = (
+        f"def train(w, g, lr):\n    z = {zero}\n    x = exact_div(g, z)\n    update = mul(x, lr)\n    return update\n"
+    )
+    assert_the_same(load(parse(text), tmp_path / "rule.py"), parse(text))
+
+
 def test_random_candidates_in_files_are_themselves(tmp_path: Path) -> None:
     refused = 0
     for k, genome in enumerate(RANDOM):
