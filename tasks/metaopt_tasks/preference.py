@@ -62,6 +62,18 @@ class PreferencePolicy(ScaledTask):
         policy = self.log_policy(params, batch["input"], batch["reference"]).exp()
         return -(policy * batch["reward"]).sum(-1).mean()
 
+    def win_rate(self, params: Params, batch: Batch) -> Tensor:
+        """How often the policy's answer has a higher hidden reward than the reference's to the same question, in [0, 1]; equal
+        ones count half. Exact: a sum over all pairs of answers."""
+        policy = self.log_policy(params, batch["input"], batch["reference"]).exp()
+        ahead = batch["reward"][:, :, None] - batch["reward"][:, None, :]
+        return torch.einsum("bi,bij,bj->b", policy, 0.5 * (1 + torch.sign(ahead)), batch["reference"].exp()).mean()
+
+    def kl(self, params: Params, batch: Batch) -> Tensor:
+        """KL(policy || reference) in nats, exact, averaged over questions: what the reward was paid with."""
+        log_policy = self.log_policy(params, batch["input"], batch["reference"])
+        return (log_policy.exp() * (log_policy - batch["reference"])).sum(-1).mean()
+
     def training_loss(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
         """The mean objective of the pairs; the hidden reward takes no part."""
         return self.objective(self.pairs(params, batch)).mean(), buffers
@@ -106,7 +118,7 @@ def preference(
         batch_size: pairs per step.
         horizon: steps of a run.
         device: of the data.
-        **source: arguments of the data source, such as ``flips``.
+        **source: arguments of the data source, such as ``flips`` or ``noise``.
     """
     splits = load(data, device, **source)
     own = {} if beta is None else {"beta": beta}

@@ -85,6 +85,37 @@ def test_pairs_are_ranked_by_the_hidden_reward_but_for_the_declared_noise(kind: 
     assert torch.equal(pairs["input"], pairs["rejected_input"])
 
 
+@pytest.mark.parametrize(("noise", "wrong"), [(0.5, 0.16), (1.0, 0.26), (2.0, 0.35)])
+def test_bradley_terry_pairs_are_ranked_by_chance_and_reward(noise: float, wrong: float) -> None:
+    pairs = preferences(kind="bradley_terry", noise=noise, examples=20_000)["train"].tensors
+    chosen, rejected = (pairs["reward"].gather(1, pairs[which][:, None]) for which in ("chosen", "rejected"))
+    assert float((chosen < rejected).double().mean()) == pytest.approx(wrong, abs=0.02)
+
+
+def test_noise_is_above_zero() -> None:
+    with pytest.raises(ValueError, match="noise must be above 0, got 0; for none, choose kind='clean'"):
+        preference(data="preferences_bradley_terry", noise=0)
+
+
+def test_win_rate_and_divergence_are_those_of_sampled_answers() -> None:
+    task = preference(data="preferences_bradley_terry", noise=0.5, objective=Margin())
+    params = task.init(Generator().manual_seed(0))
+    whole = task.train.take(torch.arange(len(task.train)))
+    same = {name: torch.zeros_like(p) for name, p in params.items()}
+    assert task.win_rate(same, whole).item() == pytest.approx(0.5, abs=1e-5)
+    assert task.kl(same, whole).item() == pytest.approx(0, abs=1e-6)
+    moved = {name: 2 * torch.randn(p.shape, generator=Generator().manual_seed(1)) for name, p in params.items()}
+    policy = torch.distributions.Categorical(logits=task.log_policy(moved, whole["input"], whole["reference"]))
+    reference = torch.distributions.Categorical(logits=whole["reference"])
+    torch.testing.assert_close(task.kl(moved, whole), torch.distributions.kl_divergence(policy, reference).mean())
+    torch.manual_seed(0)
+    own, others = (whole["reward"].gather(1, d.sample((100,)).T) for d in (policy, reference))
+    sampled = ((own > others).double() + 0.5 * (own == others)).mean()
+    assert task.win_rate(moved, whole).item() == pytest.approx(
+        sampled.item(), abs=0.005
+    )  # of 210,000 samples: 4.6 errors
+
+
 def test_shuffled_pairs_answer_two_questions() -> None:
     pairs = preferences(kind="shuffled")["train"].tensors
     assert bool((pairs["input"] != pairs["rejected_input"]).any(1).all())
@@ -111,5 +142,5 @@ def test_dpo_on_clean_pairs_finds_good_answers() -> None:
 
 
 def test_unknown_kinds_are_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="kind must be one of clean, noisy, shuffled, got 'mixed'"):
+    with pytest.raises(ValueError, match="kind must be one of clean, noisy, shuffled, bradley_terry, got 'mixed'"):
         preferences(kind="mixed")

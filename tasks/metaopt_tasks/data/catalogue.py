@@ -129,6 +129,10 @@ SOURCES: tuple[Spec, ...] = (
         )
         for seed, kind in enumerate(("clean", "noisy", "shuffled"))
     ),
+    _source(
+        "preferences_bradley_terry", "preferences:preferences",
+        "pairs of 4 answers to questions in 8 dimensions, ranked at random by reward", _MADE, kind="bradley_terry", seed=6,
+    ),
     *(
         _source(
             f"preferences_curved_{kind}", "preferences:preferences",
