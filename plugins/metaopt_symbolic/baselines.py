@@ -151,9 +151,9 @@ def tuned_for(
             "another directory"
         )
     if kept.judge != judge:
-        tasks_then = json.loads(kept.judge)["asked"]
+        then = json.loads(kept.judge)
         raise ValueError(
-            f"{directory} holds a search on the tasks {tasks_then!r} as they were then; give these to go on with it, or "
-            "choose another directory"
+            f"{directory} holds a search on the tasks {then['asked']!r} on {then['device']}, as they were then; give these to "
+            "go on with it, or choose another directory"
         )
     return kept

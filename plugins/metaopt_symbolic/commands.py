@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt.cli.commands.options import Seed, Settings, parse_settings
+from metaopt.cli.commands.options import Device, Seed, Settings, check_device, parse_settings
 from metaopt_symbolic.losses.commands import loss
 
 discover = typer.Typer(help="Search for optimizers and losses.", rich_markup_mode="rich")
@@ -15,7 +15,7 @@ discover.command("loss")(loss)
 
 Tasks = Annotated[
     str,
-    typer.Option(help="Suites of a search (search, sign), tasks, and suite:NAME, with commas between them."),
+    typer.Option(help="Suites of a search (search, broad, sign), tasks, and suite:NAME, with commas between them."),
 ]
 
 
@@ -47,6 +47,11 @@ def rule(
     storage: Annotated[
         str | None, typer.Option(help="URL of an Optuna storage for the archive; default: a journal file in OUT.")
     ] = None,
+    horizon: Annotated[
+        int,
+        typer.Option(help="Updates of the longest runs that candidates are judged by; the others are shares of it."),
+    ] = 300,
+    device: Device = "cpu",
     seed: Seed = 0,
     settings: Settings = [],  # noqa: B006 - typer copies it
 ) -> None:
@@ -71,8 +76,8 @@ def rule(
         raise ValueError(f"{searcher} searches for no rules; choose from {', '.join(registered('rule'))}")
     console = Console(stderr=True)
     spent = Budget.of(budget)
-    used = search_tasks(tasks)
-    stages = usual_stages(list(used))
+    used = search_tasks(tasks, check_device(device))
+    stages = usual_stages(list(used), horizon)
     judge = report.describe(tasks, used, stages)
     tuned = tuned_for(out, start_text(start), judge, used, stages, console)
     references = tuned.references
@@ -101,6 +106,7 @@ def funnel_(
     directory: Annotated[Path, typer.Argument(help="Directory of a search: OUT of metaopt discover rule.")],
     most: Annotated[int, typer.Option(help="How many of the elites take part, of those alike the best.", min=1)] = 6,
     storage: Annotated[str | None, typer.Option(help="URL of the archive, if the search had one.")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Find the champion among the elites of a search: who beats tuned AdamW on longer and wider tasks, then on valid ones.
 
@@ -118,7 +124,7 @@ def funnel_(
 
     archive = Archive(directory, STUDY, None, storage)
     asked = json.loads(archive.settings["judge"])["asked"]
-    found = funnel(distinct(archive.elites(), most), usual_gates(asked))
+    found = funnel(distinct(archive.elites(), most), usual_gates(asked, check_device(device)))
     console = Console(stderr=True)
     console.print(table(found))
     verdict = "champion" if found.passed else "no candidate is better than tuned AdamW at every gate; the best is"

@@ -1,15 +1,16 @@
 """From the elites of a search to a champion: gates of ever more foreign tasks, at each of which tuned AdamW is to be beaten.
 
 A search overfits its tasks as a model does its data: the fitness of its best goes on rising when their worth elsewhere has
-begun to fall. At every gate all contenders are tuned alike: for each task, the best of as many learning rates, on seeds apart
-from those that they are compared on. AdamW and Lion choose betas and weight decay as well.
+begun to fall. At every gate all contenders are tuned alike: for each task, the best of as many learning rates, memories and
+weight decays (`settings`), on seeds apart from those that they are compared on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from metaopt.search import Elite
 from metaopt.task import Task
 from metaopt_symbolic.baselines import LEARNING_RATES, SETTINGS, family
 from metaopt_symbolic.evaluate import train
-from metaopt_symbolic.genome import Genome, parse
+from metaopt_symbolic.genome import Assign, Genome, parse
 from metaopt_symbolic.suites import SUITES, tasks_of
 
 REFERENCE = "adamw"
@@ -30,6 +31,10 @@ REFERENCE = "adamw"
 
 FACTORS = tuple(10 ** (k / 2) for k in range(-5, 3))
 """Of a candidate's learning rate, which suits short runs: as many as the baselines have `LEARNING_RATES`."""
+
+MEMORIES, DECAYS = (1.0, 0.3, 0.1), (1.0, 0.3, 0.0)
+"""Factors of a candidate's numbers at the gates, where the baselines have `SETTINGS`: of the weights of new values in its
+averages, which suit short runs, and of what its weights are multiplied by."""
 
 TUNE_SEEDS = (5000, 5001)
 SCORE_SEEDS = (6000, 6001, 6002, 6003, 6004)
@@ -97,8 +102,8 @@ class Funnelled:
         }
 
 
-def usual_gates(searched: str) -> tuple[Gate, Gate]:
-    """The wider and longer versions of the suite that was searched on, and the cheap tasks of ``valid`` with data.
+def usual_gates(searched: str, device: str = "cpu") -> tuple[Gate, Gate]:
+    """The wider, longer version of the suite that was searched on, and the cheap tasks of ``valid`` with data; on ``device``.
 
     Raises:
         ValueError: not one suite of a search.
@@ -114,8 +119,8 @@ def usual_gates(searched: str) -> tuple[Gate, Gate]:
         if specs[name].facts["ms_per_step"] <= CHEAP and specs[name].facts["data"]
     ]  # fmt: skip
     return (
-        Gate("wider and longer", tasks_of(searched, WIDER), LONGER),
-        Gate("valid", {name: registry.create("task", name) for name in cheap}),
+        Gate("wider and longer", tasks_of(searched, WIDER, device), LONGER),
+        Gate("valid", {name: registry.create("task", name, device=device) for name in cheap}),
     )
 
 
@@ -151,10 +156,28 @@ def funnel(candidates: Sequence[Genome], gates: Sequence[Gate]) -> Funnelled:
     return Funnelled(found, champion, passed)
 
 
+def settings(genome: Genome) -> list[Genome]:
+    """The program with each of `MEMORIES` and `DECAYS`, so far as it has averages and weight decay; itself the first."""
+
+    def changed(a: Assign, memory: float, decay: float) -> Assign:
+        *others, last = a.args
+        if a.function == "interpolate" and isinstance(last, float) and 0.5 <= last < 1:
+            return a._replace(args=(*others, round(1 - (1 - last) * memory, 12)))
+        if a.function == "mul" and "w" in a.args:
+            return a._replace(args=tuple(arg if isinstance(arg, str) else arg * decay for arg in a.args))
+        return a
+
+    made = [
+        replace(genome, body=tuple(changed(a, memory, decay) for a in genome.body))
+        for memory, decay in itertools.product(MEMORIES, DECAYS)
+    ]
+    return [*dict.fromkeys(made)]
+
+
 def compare(candidates: Mapping[str, Genome], gate: Gate) -> list[Result]:
     """Train candidates and baselines on the tasks of a gate; the best first."""
     choices = {name: (family(name), LEARNING_RATES) for name in SETTINGS}
-    choices |= {name: ([genome], FACTORS) for name, genome in candidates.items()}
+    choices |= {name: (settings(genome), FACTORS) for name, genome in candidates.items()}
     losses: dict[str, dict[str, list[float]]] = {name: {} for name in choices}
     factors: dict[str, dict[str, float]] = {name: {} for name in choices}
     for task_name, task in gate.tasks.items():

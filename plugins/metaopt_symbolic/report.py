@@ -26,9 +26,15 @@ PER_SECOND = 2
 
 
 def describe(asked: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
-    """The judge of a search in words, ``asked`` those of the user: another text means other fitness."""
+    """The judge of a search in words, ``asked`` those of the user: another text means other fitness.
+
+    The kind of the device is part of it, since sums round as the device adds.
+    """
     hashes = {name: content_hash(task) for name, task in tasks.items()}
-    return json.dumps({"asked": asked, "tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]})
+    (device,) = {task.device.type for task in tasks.values()}
+    return json.dumps({
+        "asked": asked, "device": device, "tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]
+    })  # fmt: skip
 
 
 @contextmanager

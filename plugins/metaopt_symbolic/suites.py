@@ -22,6 +22,19 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
             "task": "digits_mlp", "data": "ill_conditioned_classes", "hidden": (16, 16), "activation": "elu", "batch_size": 32,
         },
     },
+    # tasks of the suite train as they are: other data, batches and conditions, for longer searches
+    "broad": {
+        "mixtures_16d": {"task": "mixtures_16d_mlp"},
+        "digits_batch8": {"task": "digits_mlp_batch8"},
+        "teacher_32d": {"task": "teacher_32d_mlp"},
+        "spirals": {"task": "spirals_mlp"},
+        "iris": {"task": "iris_mlp"},
+        "mnist1d": {"task": "mnist1d_mlp"},
+        "teacher": {"task": "teacher_mlp"},
+        "wine": {"task": "wine_mlp"},
+        "digits_orthogonal": {"task": "digits_mlp_orthogonal"},
+        "teacher_2d_sin": {"task": "teacher_2d_mlp_sin"},
+    },
     # targets with Student's t noise, so gradients with heavy tails: tuned Lion beats tuned AdamW (benchmarks/sign_regime.py)
     "sign": {
         "outliers_4d_silu": {
@@ -41,8 +54,8 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
 """Suite -> name of the task -> the registered task that it is, under ``task``, and its options."""
 
 
-def tasks_of(suite: str, wider: int = 1) -> dict[str, Task]:
-    """The tasks of a suite, by name; their hidden layers are ``wider`` times as wide.
+def tasks_of(suite: str, wider: int = 1, device: str = "cpu") -> dict[str, Task]:
+    """The tasks of a suite on ``device``, by name; their hidden layers are ``wider`` times as wide.
 
     Raises:
         ValueError: no such suite.
@@ -55,12 +68,14 @@ def tasks_of(suite: str, wider: int = 1) -> dict[str, Task]:
         task = options.pop("task")
         hidden = options.pop("hidden", registry.get("task", task).defaults["hidden"])
         options["hidden"] = tuple(wider * width for width in hidden)
-        made[name] = registry.create("task", task, name=name, **options)
+        made[name] = registry.create("task", task, name=name, device=device, **options)
     return made
 
 
-def search_tasks(text: str) -> dict[str, Task]:
-    """The tasks that ``text`` names: suites of this module, registered tasks and ``suite:NAME``, with commas between them.
+def search_tasks(text: str, device: str = "cpu") -> dict[str, Task]:
+    """The tasks that ``text`` names, made on ``device``.
+
+    Names are of suites of this module, of registered tasks, and ``suite:NAME``, with commas between them.
 
     Raises:
         ValueError: nothing of that name, a task of the held-out suite, or a family of tasks.
@@ -69,7 +84,7 @@ def search_tasks(text: str) -> dict[str, Task]:
     refuse_held_out(parts, "a search")
     made: dict[str, Task] = {}
     for part in parts:
-        made |= tasks_of(part) if part in SUITES else {part: _registered(part)}
+        made |= tasks_of(part, device=device) if part in SUITES else {part: _registered(part, device)}
     if not made:
         raise ValueError("a search needs at least one task, got none")
     return made
@@ -83,11 +98,11 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def _registered(name: str) -> Task:
+def _registered(name: str, device: str) -> Task:
     close = difflib.get_close_matches(name, SUITES, 1)
     if close and name not in registry.specs("task"):
         raise ValueError(f"no suite of a search and no task is called {name!r}; did you mean {close[0]!r}?")
-    task = registry.create("task", name)
+    task = registry.create("task", name, device=device)
     if not isinstance(task, Task):
         raise ValueError(f"{name} is a family of tasks; a search takes tasks (metaopt list tasks)")
     return task

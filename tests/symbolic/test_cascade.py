@@ -110,6 +110,13 @@ def test_a_program_that_always_takes_the_full_rate_is_scored_at_more_than_two_le
         Stage(("digits",), (10, 15, 20), keep=0.0)
 
 
+def test_the_usual_stages_may_be_longer() -> None:
+    assert [s.horizons for s in usual_stages(["a", "b"], 900)] == [(30, 60, 120), (60, 180, 450), (120, 360, 900)]
+    assert usual_stages(["a"], 60)[0].horizons == (2, 4, 8)
+    with pytest.raises(ValueError, match="the longest runs must have at least 60 updates, got 59"):
+        usual_stages(["a"], 59)
+
+
 def test_the_usual_stages_cost_ever_more_and_end_on_all_tasks() -> None:
     found = usual_stages(["a", "b", "c", "d"])
     assert [stage.tasks for stage in found] == [("a", "b"), ("a", "b", "c", "d"), ("a", "b", "c", "d")]
@@ -142,9 +149,9 @@ def test_suites_of_a_search_are_small_dense_networks_and_none_on_which_results_a
         assert registered.facts["suite"] in ("fast", "train")
         assert definition({**registered.defaults, **declared}) not in [definition(spec.defaults) for spec in judging]
         assert task.dense is not None and task.name == name
-        assert 100 <= sum(math.prod(info.shape) for info in task.info().values()) <= 2500
+        assert 100 <= sum(math.prod(info.shape) for info in task.info().values()) <= 5200
 
 
 def test_an_unknown_suite_is_named() -> None:
-    with pytest.raises(ValueError, match="no suite of a search is called 'fast'; there are search, sign"):
+    with pytest.raises(ValueError, match="no suite of a search is called 'fast'; there are search, broad, sign"):
         tasks_of("fast")

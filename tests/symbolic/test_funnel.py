@@ -110,6 +110,16 @@ def test_of_elites_that_differ_in_numbers_the_best_takes_part() -> None:
     assert distinct(elites, 1) == [parse(other).scaled(3.0)]
 
 
+def test_candidates_choose_among_as_many_settings_as_baselines() -> None:
+    found = module.settings(parse(SEEDS["adamw"]))
+    assert len(found) == len(family("adamw")) == len(set(found)) and found[0] == parse(SEEDS["adamw"])
+    texts = [genome.text() for genome in found]
+    assert all("interpolate(g, m, 0.99)" in text and "interpolate(g2, v, 0.9999)" in text for text in texts[6:])
+    assert ["mul(w, 0.0)" in text for text in texts] == [False, False, True] * 3
+    assert all("mul(lr, 0.001)" in text for text in texts)
+    assert module.settings(NOTHING) == [NOTHING]
+
+
 def test_gates_are_wider_than_the_search_and_of_valid_only() -> None:
     first, second = usual_gates("search")
     searched = tasks_of("search")
@@ -117,7 +127,7 @@ def test_gates_are_wider_than_the_search_and_of_valid_only() -> None:
     specs = registry.specs("task")
     assert len(second.tasks) >= 8 and {specs[name].facts["suite"] for name in second.tasks} == {"valid"}
     with pytest.raises(
-        ValueError, match=r"a search on one suite \(search, sign\), this one was on 'search,digits_mlp'"
+        ValueError, match=r"a search on one suite \(search, broad, sign\), this one was on 'search,digits_mlp'"
     ):
         usual_gates("search,digits_mlp")
 
@@ -126,7 +136,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     out = str(tmp_path)
     assert main(["discover", "funnel", out]) == 2
     assert "holds no search" in capsys.readouterr().err
-    monkeypatch.setattr(module, "usual_gates", lambda suite: (Gate("small", small(), 20),))
+    monkeypatch.setattr(module, "usual_gates", lambda suite, device: (Gate("small", small(), 20),))
     assert (
         main(
             ["discover", "rule", "--budget", "200", "--out", out, "--set", "population=200", "--tasks", "mixtures_mlp"]

@@ -19,7 +19,7 @@ from metaopt import registry, suite
 from metaopt.cli import main
 from metaopt.rule import ElementwiseRule
 from metaopt.search import Archive, Elite
-from metaopt_symbolic import baselines
+from metaopt_symbolic import baselines, report
 from metaopt_symbolic.baselines import tuned_start
 from metaopt_symbolic.cascade import Cascade, usual_stages
 from metaopt_symbolic.genome import SEEDS, parse
@@ -221,6 +221,24 @@ def test_what_is_no_task_is_refused(text: str, message: str) -> None:
     assert isinstance(refused.value, (ValueError, registry.RegistryError))
 
 
+def test_tasks_are_made_on_the_device_which_is_part_of_the_judge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create, asked = registry.create, []
+
+    def recorded(kind: str, name: str, /, **options: Any) -> Any:
+        if kind == "task":
+            asked.append(options.pop("device"))
+        return create(kind, name, **options)
+
+    monkeypatch.setattr(registry, "create", recorded)
+    made = search_tasks("sign,digits_mlp", "cuda:1")
+    assert asked == ["cuda:1"] * 5
+    assert json.loads(report.describe("sign", made, ()))["device"] == "cpu"  # where they are
+    assert main(["discover", "rule", "--device", "nowhere"]) == 2
+    assert "device 'nowhere' is not to be had here" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "found")
     run = [
@@ -245,7 +263,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*run, "adamw"]) == 2
     assert "holds a search with another start; give that one to go on" in capsys.readouterr().err
     assert main([*run, "lion", "--tasks", "digits_mlp"]) == 2
-    assert "holds a search on the tasks 'mixtures_mlp' as they were then" in capsys.readouterr().err
+    assert "holds a search on the tasks 'mixtures_mlp' on cpu, as they were then" in capsys.readouterr().err
     assert main([*run, "adafactor"]) == 2
     assert "adafactor is no program" in capsys.readouterr().err
 
