@@ -176,8 +176,15 @@ def settings(genome: Genome) -> list[Genome]:
 
 def compare(candidates: Mapping[str, Genome], gate: Gate) -> list[Result]:
     """Train candidates and baselines on the tasks of a gate; the best first."""
-    choices = {name: (family(name), LEARNING_RATES) for name in SETTINGS}
-    choices |= {name: (settings(genome), FACTORS) for name, genome in candidates.items()}
+    return ranked({name: (settings(genome), FACTORS) for name, genome in candidates.items()}, gate)
+
+
+def ranked(contenders: Mapping[str, tuple[Sequence[Genome], Sequence[float]]], gate: Gate) -> list[Result]:
+    """Train contenders, by name, and the baselines on the tasks of a gate; the best first.
+
+    A contender is its settings and the factors of their learning rates: for each task it has the best of all pairs.
+    """
+    choices = {**{name: (family(name), LEARNING_RATES) for name in SETTINGS}, **contenders}
     losses: dict[str, dict[str, list[float]]] = {name: {} for name in choices}
     factors: dict[str, dict[str, float]] = {name: {} for name in choices}
     for task_name, task in gate.tasks.items():
