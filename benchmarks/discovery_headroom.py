@@ -3,8 +3,8 @@
     python benchmarks/discovery_headroom.py [--suite search] [--out FILE.json]
 
 Contenders are programs of the search with the betas and weight decays that AdamW is tuned over and as many learning rates, of
-which each has its best for each task, chosen on seeds apart. No search takes part. AdamW itself has bias correction, the programs
-have none, as in the paper.
+which each has its best for each task, chosen on seeds apart. No search takes part. AdamW itself has bias correction; the
+programs have none, as in the paper.
 """
 
 from __future__ import annotations
