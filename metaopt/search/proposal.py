@@ -80,6 +80,10 @@ class ProposerError(RuntimeError):
     """A proposer cannot answer, now or any more; the message says why."""
 
 
+class BudgetSpent(ProposerError):
+    """A call was not made, because it might have cost more than is left."""
+
+
 class Proposer(Protocol):
     """A source of candidates."""
 

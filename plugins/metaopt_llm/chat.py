@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from metaopt.search import ProposerError
+from metaopt.search.ledger import Charge
 
 Mode = Literal["grammar", "json_schema", "json_object", "text"]
 """How a server holds an answer to its form, the strictest first; ``text`` only asks for it."""
@@ -121,7 +122,7 @@ class ChatClient(Protocol):
 
         Raises:
             ChatError: there is none.
-            metaopt_llm.ledger.BudgetSpent: asking might cost more than is left.
+            metaopt.search.BudgetSpent: asking might cost more than is left.
         """
 
 
@@ -141,21 +142,6 @@ def instructed(request: ChatRequest, mode: Mode) -> tuple[Message, ...]:
     if first.role == "system":
         return (Message("system", f"{first.content}\n\n{words}"), *rest)
     return (Message("system", words), first, *rest)
-
-
-@dataclass(frozen=True)
-class Charge:
-    """What calls cost: their number, tokens of both directions, money in the currency of the declared prices."""
-
-    calls: int = 0
-    tokens: int = 0
-    money: float = 0.0
-
-    def __add__(self, other: Charge) -> Charge:
-        return Charge(self.calls + other.calls, self.tokens + other.tokens, self.money + other.money)
-
-    def __sub__(self, other: Charge) -> Charge:
-        return Charge(self.calls - other.calls, self.tokens - other.tokens, self.money - other.money)
 
 
 @dataclass(frozen=True)

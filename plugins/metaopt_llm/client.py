@@ -7,9 +7,9 @@ import logging
 import random
 import time
 
-from metaopt_llm.chat import Charge, ChatError, ChatReply, ChatRequest, ChatServer, Mode, Price, request_key
-from metaopt_llm.keys import redact
-from metaopt_llm.ledger import Ledger
+from metaopt.search.keys import redact
+from metaopt.search.ledger import Charge, Ledger
+from metaopt_llm.chat import ChatError, ChatReply, ChatRequest, ChatServer, Mode, Price, request_key
 
 _LOG = logging.getLogger("metaopt")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds between tries; they double
@@ -54,7 +54,7 @@ class Client:
         request = dataclasses.replace(request, messages=messages)
         key = request_key(self._server.identity, request)
         if (known := self._ledger.reply(key)) is not None:
-            return known
+            return ChatReply(**known)
         end = time.monotonic() + self._deadline
         modes = [mode for mode in self._server.modes if mode not in self._unsupported and _applies(mode, request)]
         for mode in modes:
@@ -88,7 +88,7 @@ class Client:
 
     def _call(self, key: str, request: ChatRequest, mode: Mode, seconds: float) -> ChatReply:
         most = self._price.most(request)
-        number = self._ledger.ask(key, request, most)
+        number = self._ledger.ask(key, dataclasses.asdict(request), most)
         try:
             reply = self._server.exchange(request, mode, seconds)
         except ChatError as error:
@@ -97,7 +97,7 @@ class Client:
         counted = reply.input_tokens is not None and reply.output_tokens is not None
         charge = self._price.of(reply.input_tokens or 0, reply.output_tokens or 0) if counted else most
         reply = dataclasses.replace(reply, cost=charge.money)
-        self._ledger.answered(number, reply, charge)
+        self._ledger.answered(number, dataclasses.asdict(reply), charge)
         return reply
 
 
@@ -120,7 +120,7 @@ class Recorded:
         reply = next(self._replies, None)
         if reply is None:
             raise ChatError("the ledger holds no further answer")
-        return reply
+        return ChatReply(**reply)
 
 
 def _applies(mode: Mode, request: ChatRequest) -> bool:

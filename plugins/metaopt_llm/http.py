@@ -7,14 +7,14 @@ import email.utils
 import json
 import os
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import httpx
 
+from metaopt.search.keys import redact, require_key_name
 from metaopt_llm.chat import ChatError
-from metaopt_llm.keys import KeyFromEnvironment, redact, require_key_name
 
 LARGEST = 4 << 20
 """Bytes of an answer; real ones have thousands."""
@@ -41,6 +41,24 @@ def require_url(url: str) -> str:
             f"of the host {parsed.host!r}; a key goes into the environment variable that key_env names"
         )
     return url.rstrip("/")
+
+
+class KeyFromEnvironment(httpx.Auth):
+    """Puts the key into one header as a request leaves, so that no object or local variable of ours holds it.
+
+    Args:
+        header: name of the header.
+        key_env: name of the environment variable.
+        prefix: of the header's value, such as ``"Bearer "``.
+    """
+
+    def __init__(self, header: str, key_env: str, prefix: str = "") -> None:
+        self._header, self._key_env, self._prefix = header, key_env, prefix
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """What httpx calls with each request."""
+        request.headers[self._header] = self._prefix + os.environ[self._key_env].strip()
+        yield request
 
 
 def key_auth(key_env: str, header: str, prefix: str = "") -> KeyFromEnvironment | None:

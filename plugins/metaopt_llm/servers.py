@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from metaopt.search.keys import require_key_name
 from metaopt_llm.chat import ChatError, ChatReply, ChatRequest, Mode, instructed
 from metaopt_llm.http import key_auth, post_json, require_url
-from metaopt_llm.keys import require_key_name
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class OpenAIServer:
         dialect: one of `DIALECTS`.
 
     Raises:
-        ValueError: an unknown dialect, a URL that is none or holds a password, a key_env that `metaopt_llm.keys` refuses.
+        ValueError: an unknown dialect, a URL that is none or holds a password, a key_env that `metaopt.search.keys` refuses.
     """
 
     model: str
@@ -123,7 +123,7 @@ class AnthropicServer:
         key_env: name of the environment variable that holds the key.
 
     Raises:
-        ValueError: a URL that is none or holds a password, a key_env that `metaopt_llm.keys` refuses.
+        ValueError: a URL that is none or holds a password, a key_env that `metaopt.search.keys` refuses.
     """
 
     model: str

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from chat_server import Running, Step, body, completion, cut_off, drip, fails, flood, says, serving, silence
 
+from metaopt.search import Budget, BudgetSpent, Charge, Ledger
 from metaopt_llm import client as client_module
-from metaopt_llm.chat import Charge, ChatError, ChatRequest, Message, Price
+from metaopt_llm.chat import ChatError, ChatRequest, Message, Price
 from metaopt_llm.client import Client
-from metaopt_llm.ledger import Budget, BudgetSpent, Ledger
 from metaopt_llm.servers import AnthropicServer, OpenAIServer
 
 KEY = "sk-this-key-must-not-be-seen"

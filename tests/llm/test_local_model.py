@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from metaopt.search import Elite, Proposal, Request
+from metaopt.search import Elite, Ledger, Proposal, Request
 from metaopt_llm.chat import ChatError, ChatRequest, Message
 from metaopt_llm.client import Client
 from metaopt_llm.form import python_form
-from metaopt_llm.ledger import Ledger
 from metaopt_llm.local_model import LocalServer, packaged_model
 from metaopt_llm.proposers import LLMProposer
 from metaopt_llm.template_files import Templates

@@ -17,16 +17,15 @@ from chat_server import Running, Step, fails, proposes, says, serving
 
 from metaopt import registry
 from metaopt.program.parse import parse_program
-from metaopt.search import Elite, Proposal, ProposerError, Request
+from metaopt.search import Bandit, Budget, Elite, Ledger, Mixture, Proposal, ProposerError, Request
 from metaopt_llm import client as client_module
-from metaopt_llm.bandit import Bandit
-from metaopt_llm.form import Form, python_form
-from metaopt_llm.ledger import Budget, Ledger
-from metaopt_llm.proposers import LLMProposer, Mixture
+from metaopt_llm.client import Client
+from metaopt_llm.form import Form
+from metaopt_llm.proposers import LLMProposer
+from metaopt_llm.servers import OpenAIServer
 from metaopt_llm.template_files import Templates
 
 RULE = "def rule(param, grad, *, lr, t):\n    return param - lr * grad"
-FORM = python_form("rule", Templates())
 
 
 def validate(source: str) -> str | None:
@@ -38,7 +37,7 @@ def validate(source: str) -> str | None:
 
 
 def proposer(running: Running, ledger: Ledger | None = None, **options: Any) -> LLMProposer:
-    given = {"form": FORM, "validate": validate, "ledger": ledger or Ledger(), "model": "tiny", **options}
+    given = {"language": "rule", "validate": validate, "ledger": ledger or Ledger(), "model": "tiny", **options}
     made = registry.create("proposer", "openai", base_url=running.url, key_env="", dialect="other", **given)
     assert isinstance(made, LLMProposer)
     return made
@@ -121,7 +120,8 @@ def test_statements_as_json() -> None:
     form = Form("rule", {"type": "array", "items": statement})
     program = [{"f": "neg", "a": "rho"}, {"f": "exp", "a": "x"}]
     with serving([proposes([{"f": "system", "a": "id"}]), proposes(program)]) as running:
-        found = proposer(running, form=form, validate=lambda source: None).propose(ASKED)
+        client = Client(OpenAIServer("tiny", running.url, key_env="", dialect="other"), Ledger())
+        found = LLMProposer(client, form, lambda source: None).propose(ASKED)
     assert json.loads(found.source) == program
     assert "$.source[0].f" in running.seen[1].body["messages"][-1]["content"]
 
@@ -188,7 +188,7 @@ def test_replay_gives_the_same_proposals_without_a_server(tmp_path: Path) -> Non
         first = [made.propose(request) for request in asked]
     with closing(Ledger(path, Budget(calls=3))) as ledger:
         assert [proposer(running, ledger).propose(request) for request in asked] == first
-        recorded = registry.create("proposer", "recorded", form=FORM, validate=validate, ledger=ledger)
+        recorded = registry.create("proposer", "recorded", language="rule", validate=validate, ledger=ledger)
         again = [recorded.propose(Request(9, "Something else.")) for _ in range(2)]
         with pytest.raises(ProposerError, match="no further answer"):
             recorded.propose(ASKED)
@@ -199,14 +199,11 @@ SEARCH = """
 import json, sys
 from pathlib import Path
 from metaopt import registry
-from metaopt.search import Request
-from metaopt_llm.form import python_form
-from metaopt_llm.ledger import Ledger
-from metaopt_llm.template_files import Templates
+from metaopt.search import Ledger, Request
 
 url, directory = sys.argv[1], Path(sys.argv[2])
 made = registry.create(
-    "proposer", "openai", form=python_form("rule", Templates()), validate=lambda source: None,
+    "proposer", "openai", language="rule", validate=lambda source: None,
     ledger=Ledger(directory / "ledger.jsonl"), model="tiny", base_url=url, key_env="", dialect="other",
 )
 for number in range(6):

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from metaopt.files import write_atomic
-from metaopt.search import Archive, Elite, Proposal, Proposer, ProposerError, Request
+from metaopt.search import Archive, Elite, Mixture, Proposal, Proposer, ProposerError, Request
 from metaopt_symbolic.genome import LOSS_SEEDS, Genome, parse
 from metaopt_symbolic.losses.candidate import SAME, LossValidator, behaviour, objective, python, read
 from metaopt_symbolic.losses.islands import Islands, Member
@@ -30,18 +30,6 @@ STUDY = "discover-loss"
 FILE = "loop.json"
 NOTES = 5
 """How many of the latest errors proposers see."""
-
-
-class Chooser(Proposer, Protocol):
-    """A proposer of several, which learns whom to ask: `metaopt_llm.proposers.Mixture`."""
-
-    bandit: Any
-
-    def choose(self, request: Request) -> Request:
-        """The request, with the name of who shall answer it."""
-
-    def tell(self, request: Request, proposal: Proposal, score: float | None) -> None:
-        """What a proposal was worth."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +138,7 @@ class Loop:
     Args:
         config: of the search.
         judge: fresh.
-        proposer: of candidates; a `metaopt_llm.proposers.Mixture` is told what they were worth.
+        proposer: of candidates; a `metaopt.search.Mixture` is told what they were worth.
         validator: the one that proposers validate with.
         directory: of its files.
         storage: URL of an Optuna storage for the archive; by default a journal file in ``directory``.
@@ -168,7 +156,7 @@ class Loop:
         self,
         config: LoopConfig,
         judge: Judge,
-        proposer: Proposer | Chooser,
+        proposer: Proposer,
         validator: LossValidator,
         directory: Path | str,
         storage: str | None = None,
@@ -260,7 +248,7 @@ class Loop:
             tuple(f"{error['name']}: {error['error']}" for error in self.errors[-NOTES:]),
             self.config.longest,
         )
-        return self._proposer.choose(request) if hasattr(self._proposer, "choose") else request
+        return self._proposer.choose(request) if isinstance(self._proposer, Mixture) else request
 
     def _members(self) -> list[Member]:
         return [Member(c.score.loss, c.score.losses, len(c.genome.body)) for c in self.candidates]
@@ -307,7 +295,7 @@ class Loop:
             self._tell(request, proposal, score.loss)
 
     def _tell(self, request: Request, proposal: Proposal, score: float | None) -> None:
-        if hasattr(self._proposer, "tell"):
+        if isinstance(self._proposer, Mixture):
             self._proposer.tell(request, proposal, score)
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -328,7 +316,6 @@ class Loop:
             {**dataclasses.asdict(c), "genome": c.genome.text(), "score": dataclasses.asdict(c.score)}
             for c in self.candidates
         ]
-        bandit = getattr(self._proposer, "bandit", None)
         facts = {
             "counts": dataclasses.asdict(self.counts),
             "candidates": candidates,
@@ -337,7 +324,7 @@ class Loop:
             "known": [[*key, name] for key, name in self._validator.known.items()],
             "judge": self._judge.state(),
             "islands": self._islands.state(),
-            "bandit": bandit.state() if bandit is not None else None,
+            "bandit": self._proposer.bandit.state() if isinstance(self._proposer, Mixture) else None,
         }
         write_atomic(self.directory / FILE, json.dumps(facts) + "\n")
 
@@ -348,8 +335,8 @@ class Loop:
         self._validator.known.update({(first, second): name for first, second, name in state["known"]})
         self._judge.restore(state["judge"])
         self._islands.restore(state["islands"])
-        if state["bandit"] is not None:
-            self._proposer.bandit.restore(state["bandit"])  # type: ignore[union-attr]
+        if isinstance(self._proposer, Mixture):
+            self._proposer.bandit.restore(state["bandit"])
 
 
 def _candidate(data: Mapping[str, Any]) -> Candidate:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from metaopt import registry
-from metaopt.search import Proposer
+from metaopt.search import Bandit, Budget, Ledger, Mixture, Proposer
 from metaopt_symbolic.losses.candidate import LossValidator
 
 LEDGER = "ledger.jsonl"
@@ -50,30 +50,14 @@ def proposing(
     models = [name for name in names if "llm" in tags[name]]
     if not models and (options or calls is not None or money is not None):
         raise ValueError("options, calls and money are of language models; name one of them, or leave these out")
-    found: dict[str, Proposer] = {
-        name: registry.create("proposer", name, validate=validator, seed=seed) for name in names if name not in models
-    }
-    stack = ExitStack()
-    if models:
-        from metaopt_llm.form import python_form
-        from metaopt_llm.ledger import Budget, Ledger
-        from metaopt_llm.template_files import Templates
-
-        form = python_form("preference_loss", Templates(options.get("templates")))
-        ledger = Ledger(directory / LEDGER, Budget(calls=calls, money=money))
-        stack.callback(ledger.close)
-        for name in models:
-            found[name] = registry.create(
-                "proposer", name, form=form, validate=validator, ledger=ledger, **{"name": name, **options}
-            )
-    with stack:
-        if len(names) == 1:
-            yield found[names[0]]
-            return
-        from metaopt_llm.bandit import Bandit
-        from metaopt_llm.proposers import Mixture
-
-        yield Mixture([found[name] for name in names], Bandit(names, seed=seed))
+    path = directory / LEDGER if models else None
+    with closing(Ledger(path, Budget(calls=calls, money=money))) as ledger:
+        asked = {"language": "preference_loss", "ledger": ledger, **options}
+        found: list[Proposer] = [
+            registry.create("proposer", name, validate=validator, **(asked if name in models else {"seed": seed}))
+            for name in names
+        ]
+        yield found[0] if len(found) == 1 else Mixture(found, Bandit([each.name for each in found], seed=seed))
 
 
 def registered(*tags: str) -> list[str]:

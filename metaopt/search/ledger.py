@@ -1,4 +1,4 @@
-"""The ledger of a search: every call is written down before it is made and again when it is answered.
+"""The ledger of a search: every paid call is written down before it is made and again when it is answered.
 
 So a search that was killed anywhere repeats no answered call, a spent budget stays spent, and the same file replays the search
 where there is no server: with ``Budget(calls=0)`` only recorded answers are given.
@@ -16,15 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaopt.search import ProposerError
-from metaopt_llm.chat import Charge, ChatReply, ChatRequest
-from metaopt_llm.keys import redact
+from metaopt.search.keys import redact
+from metaopt.search.proposal import BudgetSpent
 
 _BEGINNING = b'{"ask": '
 
 
-class BudgetSpent(ProposerError):
-    """A call was not made, because it might have cost more than is left."""
+@dataclass(frozen=True)
+class Charge:
+    """What calls cost: their number, tokens of both directions, money in the currency of the declared prices."""
+
+    calls: int = 0
+    tokens: int = 0
+    money: float = 0.0
+
+    def __add__(self, other: Charge) -> Charge:
+        return Charge(self.calls + other.calls, self.tokens + other.tokens, self.money + other.money)
+
+    def __sub__(self, other: Charge) -> Charge:
+        return Charge(self.calls - other.calls, self.tokens - other.tokens, self.money - other.money)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Ledger:
     def __init__(self, path: Path | str | None = None, budget: Budget = Budget()) -> None:
         self.budget = budget
         self._lock = threading.Lock()
-        self._replies: dict[str, ChatReply] = {}
+        self._replies: dict[str, Mapping[str, Any]] = {}
         self._under_way: dict[int, tuple[str, Charge]] = {}
         self._settled = Charge()
         self._next = 0
@@ -88,20 +98,20 @@ class Ledger:
             return self._spent()
 
     @property
-    def replies(self) -> tuple[ChatReply, ...]:
+    def replies(self) -> tuple[Mapping[str, Any], ...]:
         """All answers, in the order in which they came."""
         return tuple(self._replies.values())
 
-    def reply(self, key: str) -> ChatReply | None:
-        """The answer that the request of this `metaopt_llm.chat.request_key` had before."""
+    def reply(self, key: str) -> Mapping[str, Any] | None:
+        """The answer that the request of this key had before."""
         return self._replies.get(key)
 
-    def ask(self, key: str, request: ChatRequest, most: Charge) -> int:
+    def ask(self, key: str, request: Mapping[str, Any], most: Charge) -> int:
         """Write down that a call is about to be made, and give it a number.
 
         Args:
-            key: `metaopt_llm.chat.request_key`.
-            request: what is asked.
+            key: of who is asked and what: equal ones have one answer.
+            request: what is asked, as JSON holds it.
             most: what the call can cost at most.
 
         Raises:
@@ -122,8 +132,8 @@ class Ledger:
             self._under_way[number] = (key, most)
             return number
 
-    def answered(self, number: int, reply: ChatReply, charge: Charge) -> None:
-        """Write down the answer of call ``number``, and what it cost."""
+    def answered(self, number: int, reply: Mapping[str, Any], charge: Charge) -> None:
+        """Write down the answer of call ``number``, as JSON holds it, and what it cost."""
         with self._lock:
             self._write({"answer": number, "charge": charge, "reply": reply})
             self._settle(number, charge, reply)
@@ -142,7 +152,7 @@ class Ledger:
     def _spent(self) -> Charge:
         return sum((most for _, most in self._under_way.values()), self._settled)
 
-    def _settle(self, number: int, charge: Charge, reply: ChatReply | None) -> None:
+    def _settle(self, number: int, charge: Charge, reply: Mapping[str, Any] | None) -> None:
         key, _ = self._under_way.pop(number)
         self._settled += charge
         if reply is not None:
@@ -169,7 +179,7 @@ class Ledger:
                     self._under_way[entry["ask"]] = (entry["key"], Charge(**entry["most"]))
                     self._next = entry["ask"] + 1
                 elif "answer" in entry:
-                    self._settle(entry["answer"], Charge(**entry["charge"]), ChatReply(**entry["reply"]))
+                    self._settle(entry["answer"], Charge(**entry["charge"]), entry["reply"])
                 else:
                     self._settle(entry["fail"], Charge(**entry["charge"]), None)
             except (ValueError, TypeError, KeyError) as error:

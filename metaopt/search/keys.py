@@ -1,12 +1,10 @@
-"""Keys of servers: read from environment variables when a call is made, and struck out of every text that is kept or sent."""
+"""Keys of paid proposers: named by environment variables, and struck out of every text that is kept or sent."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Mapping
-
-import httpx
+from collections.abc import Mapping
 
 _SECRET_NAME = re.compile(r"[A-Za-z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Za-z0-9_]*", re.IGNORECASE)
 _SHORTEST = 8  # shorter values ("none", "EMPTY") are placeholders; striking them out would maim texts
@@ -39,21 +37,3 @@ def redact(text: str) -> str:
 def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
     """``environment`` for a child process, without the variables that `redact` strikes out."""
     return {name: value for name, value in environment.items() if not _SECRET_NAME.fullmatch(name)}
-
-
-class KeyFromEnvironment(httpx.Auth):
-    """Puts the key into one header as a request leaves, so that no object or local variable of ours holds it.
-
-    Args:
-        header: name of the header.
-        key_env: name of the environment variable.
-        prefix: of the header's value, such as ``"Bearer "``.
-    """
-
-    def __init__(self, header: str, key_env: str, prefix: str = "") -> None:
-        self._header, self._key_env, self._prefix = header, key_env, prefix
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """What httpx calls with each request."""
-        request.headers[self._header] = self._prefix + os.environ[self._key_env].strip()
-        yield request

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from metaopt_llm.bandit import Bandit
+from metaopt.search.bandit import Bandit
 
 
 def asked(bandit: Bandit, **counts: int) -> None:
