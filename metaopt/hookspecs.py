@@ -122,7 +122,7 @@ def metaopt_exporters() -> list[Spec]:  # type: ignore[empty-body]
 
 @hookspec
 def metaopt_zoo_rules() -> list[Spec]:  # type: ignore[empty-body]
-    """Published rules, used as ``zoo:NAME``: what `metaopt.zoo.entries` gives of a directory of trained weights and cards."""
+    """Published rules and losses, used as ``zoo:NAME``: what `metaopt.zoo.entries` gives of a directory with their cards."""
 
 
 @hookspec

@@ -48,6 +48,9 @@ KINDS: Mapping[str, str] = {
 }
 """Kind -> the hook by which plugins offer things of that kind."""
 
+ZOO = "zoo:"
+"""How references to entries of a zoo begin."""
+
 _KIND_OF = {hook: kind for kind, hook in KINDS.items()}
 _GROUP = "metaopt"
 _MOST_SHOWN = 30
@@ -144,8 +147,10 @@ class Registry:
         Raises:
             RegistryError: unknown, clashing, or it cannot be imported.
         """
+        _require_kind(kind)
+        if name.startswith(ZOO):
+            return self._load_entry(kind, name)
         if ":" in name:
-            _require_kind(kind)
             return load_reference(name)
         offer = self._offer(kind, name)
         try:
@@ -154,13 +159,20 @@ class Registry:
             raise _load_error(offer, error) from error
         return functools.partial(factory, **offer.spec.defaults) if offer.spec.defaults else factory
 
+    def _load_entry(self, kind: str, reference: str) -> Any:
+        spec = self.get("zoo_rule", reference.removeprefix(ZOO))
+        gives = spec.facts.get("gives", kind)  # one that is unusable says so when it is called
+        if gives != kind:
+            raise RegistryError(f"{reference} is an {_words(gives)}, no {_words(kind)}")
+        return self.load("zoo_rule", spec.name)
+
     def create(self, kind: str, name: str, /, **arguments: Any) -> Any:
         """Make the thing: call its factory with the spec's defaults, overridden by ``arguments``.
 
         Args:
             kind: one of `KINDS`.
-            name: a registered name, or a reference to your own code: ``path/to/file.py:Attribute`` or
-                ``package.module:Attribute``, which is called if it is a class or a function.
+            name: a registered name, an entry of a zoo as ``zoo:NAME``, or a reference to your own code:
+                ``path/to/file.py:Attribute`` or ``package.module:Attribute``, which is called if it is a class or a function.
             **arguments: for the factory.
 
         Raises:

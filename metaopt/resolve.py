@@ -18,7 +18,6 @@ from metaopt.rule import UpdateRule
 from metaopt.space import Option
 
 THETA_FILE = "theta.safetensors"
-_ZOO = "zoo:"
 SETTINGS_FORMAT = 1
 """Of the files with a tuned rule's settings that ``metaopt tune`` writes."""
 
@@ -46,9 +45,8 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
         raise TypeError(
             f"an optimizer is made of a rule, such as AdamW(), or a name, such as 'adamw', got {reference!r}"
         )
-    if reference.startswith(_ZOO):
-        spec = registry.get("zoo_rule", reference.removeprefix(_ZOO))
-        return _checked(reference, registry.create("zoo_rule", spec.name)).replaced(**arguments)
+    if reference.startswith(registry.ZOO):
+        return _checked(reference, registry.create("optimizer", reference, **arguments))
     path = Path(reference)
     if path.suffix == ".json":
         return load_settings(path).replaced(**arguments)
@@ -61,7 +59,7 @@ def resolve_rule(reference: str | UpdateRule, **arguments: Any) -> UpdateRule:
             "rule = learned.bind(learned.init_theta(torch.Generator()))"
         )
     if reference in registry.specs("zoo_rule") and reference not in registry.specs("optimizer"):
-        raise ValueError(f"{reference!r} is an entry of a zoo; write {_ZOO + reference!r}")
+        raise ValueError(f"{reference!r} is an entry of a zoo; write {registry.ZOO + reference!r}")
     if "/" in reference and ":" not in reference:
         raise ValueError(f"{reference} is no directory of a finished meta-training run: it holds no {THETA_FILE}")
     return _checked(reference, registry.create("optimizer", reference, **arguments))

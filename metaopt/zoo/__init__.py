@@ -1,5 +1,5 @@
-"""Published rules: weights or a program, with a card that says how they were made, how good they are, and where they fail."""
+"""Published rules and losses, with cards that say how they were made, how good they are, and where they fail."""
 
-from metaopt.zoo.card import CARD_FILE, Card, ProgramCard, WeightsCard, entries, read_card, render
+from metaopt.zoo.card import CARD_FILE, Card, LossCard, ProgramCard, WeightsCard, entries, read_card, render
 
-__all__ = ["CARD_FILE", "Card", "ProgramCard", "WeightsCard", "entries", "read_card", "render"]
+__all__ = ["CARD_FILE", "Card", "LossCard", "ProgramCard", "WeightsCard", "entries", "read_card", "render"]

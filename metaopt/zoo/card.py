@@ -1,11 +1,11 @@
-"""The card of a published rule: what it says, how it is read, and how it looks. Nothing here imports torch."""
+"""The card of a published rule or loss: what it says, how it is read, and how it looks. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -17,31 +17,37 @@ CARD_FILE, PAGE_FILE = "card.json", "README.md"
 
 @dataclass(frozen=True)
 class Card(ABC):
-    """What is known of every entry. ``card.json`` holds the fields of `WeightsCard` or of `ProgramCard`, and no others.
+    """What is known of every entry. ``card.json`` holds the fields of one of the cards below, and no others.
 
     Attributes:
-        kind: ``weights`` or ``program``.
+        kind: ``weights``, ``program`` or ``loss``.
+        gives: the kind of what it makes (`metaopt.registry.KINDS`).
         made, record: how that is made, and the file of the entry that says with which settings.
+        judged: what ``scores`` hold.
         name: of the entry and of its directory.
         summary: one line.
-        license: of the weights or the program.
+        license: of the weights, the program or the loss.
         limits: what it was not tried on, and where it is known to fail.
         created: date, YYYY-MM-DD.
-        sha256: of the file with the weights or the program.
+        sha256: of the file with the weights, the program or the loss.
         command: what repeats the meta-training or the search in the entry's directory, line by line.
         seed, device: of that.
         cost: of that: what was counted -> how much.
         tasks: what it was made on: names of tasks, families and suites.
         data: data source -> its licence.
         versions: of metaopt, torch and python when the entry was made.
-        scores: a race with it; see `metaopt.zoo.entry.scores_of`.
+        scores: a race with it (`metaopt.zoo.make.scores_of`), or a comparison with other losses.
         golden: the first losses of one training run: ``task``, ``content`` (its `metaopt.suite.content_hash`), ``seed``,
             ``losses``, and ``rtol``, the relative difference that other machines may show.
     """
 
     kind: ClassVar[str]
+    gives: ClassVar[str] = "optimizer"
     made: ClassVar[str]
     record: ClassVar[str]
+    judged: ClassVar[frozenset[str]] = frozenset(
+        {"label", "protocol", "versions", "ranking", "aggregate", "entries", "differences", "against_adamw"}
+    )
 
     name: str
     summary: str
@@ -68,7 +74,7 @@ class Card(ABC):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
             if isinstance(value, (str, list, dict)) and not value and name not in may_be_empty:
                 raise ValueError(f"{name} must not be empty; say what is known of it")
-        for name, wanted in (("golden", _GOLDEN), ("scores", _SCORES)):
+        for name, wanted in (("golden", _GOLDEN), ("scores", self.judged)):
             missing = wanted - getattr(self, name).keys()
             if missing:
                 raise ValueError(f"{name} must hold {', '.join(sorted(wanted))}; it lacks {', '.join(sorted(missing))}")
@@ -125,12 +131,44 @@ class ProgramCard(Card):
         return f"A program of {len(self.program.splitlines())} lines ({_arguments(self.hyperparameters)})"
 
 
+@dataclass(frozen=True)
+class LossCard(Card):
+    """The card of a loss that a search found, ``loss.txt``, beside ``report.json``, the search's own record.
+
+    The cost, of the search alone, is ``proposals``, ``trained_candidates``, ``seconds`` and, of language models, ``tokens``
+    and ``money``. The scores are of ``metaopt discover compare``: ``label``, the contestant that is this loss; ``report``, the
+    tasks and seeds; ``best``; and ``contestants``, each with its setting and, as mean and 95 % interval over seeds, by task
+    and of their mean, ``loss``, ``win_rate``, ``kl``, and ``behind``: by how much the loss of this entry's policy is above
+    its own, paired by seed.
+
+    Attributes:
+        objective: what kind of loss it is (`metaopt.objective.INPUTS`).
+        inputs: of it.
+        program: its text, that of ``loss.txt``, which `metaopt.program.read_loss` reads: it is never executed.
+        hyperparameters: name -> default.
+        lineage: whence it is, candidate by candidate.
+    """
+
+    kind, gives, made, record = "loss", "objective", "Searched", "report.json"
+    judged = frozenset({"label", "report", "best", "contestants"})
+
+    objective: str
+    inputs: list[str]
+    program: str
+    hyperparameters: dict[str, Any]
+    lineage: list[str]
+
+    @property
+    def what(self) -> str:
+        """See `Card`."""
+        return f"A {self.objective} loss of {', '.join(self.inputs)} ({_arguments(self.hyperparameters)})"
+
+
 def _arguments(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 _GOLDEN = {"task", "content", "seed", "losses", "rtol"}
-_SCORES = {"label", "protocol", "versions", "ranking", "aggregate", "entries", "differences", "against_adamw"}
 
 
 def read_card(directory: Path | str) -> Card:
@@ -145,7 +183,7 @@ def read_card(directory: Path | str) -> Card:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no card of a zoo entry ({error}); metaopt zoo add writes one") from None
     given = set(fields) if isinstance(fields, dict) else set()
-    kind = ProgramCard if "program" in given else WeightsCard
+    kind = LossCard if "objective" in given else ProgramCard if "program" in given else WeightsCard
     known = {f.name for f in dataclasses.fields(kind)}
     if given != known:
         lacks, foreign = sorted(known - given), sorted(given - known)
@@ -177,6 +215,7 @@ def _spec(directory: Path) -> Spec:
     own = ("learned_optimizer", "meta_parameters") if isinstance(card, WeightsCard) else ()
     facts = {
         "holds": card.kind,
+        "gives": card.gives,
         **{name: getattr(card, name) for name in own},
         "tasks": ", ".join(card.tasks),
         "license": card.license,
@@ -190,7 +229,7 @@ def _spec(directory: Path) -> Spec:
 
 def render(card: Card) -> str:
     """The card as a page of Markdown."""
-    program = f"\n```python\n{card.program}\n```\n" if isinstance(card, ProgramCard) else ""
+    program = f"\n```python\n{card.program}\n```\n" if isinstance(card, ProgramCard | LossCard) else ""
     cost = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in card.cost.items())
     data = "; ".join(f"{name} ({licence})" for name, licence in card.data.items()) or "generated"
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
@@ -200,15 +239,7 @@ def render(card: Card) -> str:
 
 {card.what}. Licence: {card.license}. {card.created}.
 {program}
-```python
-optimizer = metaopt.optimizer("zoo:{card.name}", model)
-```
-
-```
-metaopt race zoo:{card.name} adamw --tasks digits_conv
-metaopt export zoo:{card.name} --to {card.name}.py
-metaopt zoo verify {card.name}
-```
+{_use_of_loss(card) if isinstance(card, LossCard) else _use(card)}
 
 ## How it was made
 
@@ -218,15 +249,83 @@ metaopt zoo verify {card.name}
 
 {card.made} on {", ".join(card.tasks)}; data: {data}. Seed {card.seed}, on {card.device}; {cost}. {versions}.
 `{card.record}` is beside this page. sha256 of the {card.kind}: `{card.sha256}`.
-
+{_lineage(card) if isinstance(card, LossCard) else ""}
 ## Scores
 
-{_scores(card.scores)}
+{_comparison(card.scores) if isinstance(card, LossCard) else _scores(card.scores)}
 
 ## Limits
 
 {card.limits}
 """
+
+
+def _use(card: Card) -> str:
+    return f"""```python
+optimizer = metaopt.optimizer("zoo:{card.name}", model)
+```
+
+```
+metaopt race zoo:{card.name} adamw --tasks digits_conv
+metaopt export zoo:{card.name} --to {card.name}.py
+metaopt zoo verify {card.name}
+```"""
+
+
+def _use_of_loss(card: LossCard) -> str:
+    return f"""```python
+objective = metaopt.create("objective", "zoo:{card.name}")
+```
+
+```
+metaopt zoo verify {card.name}
+```"""
+
+
+def _lineage(card: LossCard) -> str:
+    lines = "\n".join(f"- {line}" for line in card.lineage)
+    return f"\nWhence it is, with its scores in the search and their 95 % intervals, the latest first:\n\n{lines}\n"
+
+
+def _comparison(scores: Mapping[str, Any]) -> str:
+    label, report, contestants = scores["label"], scores["report"], scores["contestants"]
+    tasks = [regime["name"] for regime in report["regimes"]]
+    lines = [
+        f"Policies on the test split of {len(tasks)} tasks ({', '.join(tasks)}), {report['horizon']} steps, "
+        f"{len(report['seeds'])} seeds, of data, initial parameters and batches alike: mean [95 % interval over seeds]. "
+        "Loss: 1 is the reference policy, 0 the best answers. Behind: the loss of this entry's policy less theirs, paired by "
+        "seed; below 0 this entry is better. Every contestant is at the setting that was best on other tasks, on which the "
+        "found ones were selected.",
+        "",
+        "![Losses of policies by task, and what divergence from the reference they are paid with](comparison.png)",
+        "",
+        "| contestant | loss | behind | win rate | KL, nats | beta | learning rate | settings tried |",
+        "|---" * 8 + "|",
+    ]
+    for name, of in contestants.items():
+        own = "".join(f", {number} {value:g}" for number, value in of["numbers"].items())
+        behind = "" if name == label else _mean(of["behind"]["mean"])
+        values = (_mean(of[measure]["mean"]) for measure in ("win_rate", "kl"))
+        cells = (
+            _mean(of["loss"]["mean"]),
+            behind,
+            *values,
+            f"{of['beta']:.3g}{own}",
+            f"{of['rate']:g}",
+            str(of["tried"]),
+        )
+        lines.append(f"| {'**' + name + '**' if name == label else name} | {' | '.join(cells)} |")
+    lines += ["", "Losses by task:", "", f"| contestant | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    lines += [
+        f"| {name} | {' | '.join(_mean(of['loss'][task]) for task in tasks)} |" for name, of in contestants.items()
+    ]
+    lines += ["", "![Value and derivative by rho](curves.png)"]
+    return "\n".join(lines)
+
+
+def _mean(found: Sequence[float]) -> str:
+    value, low, high = found
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _scores(scores: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Making an entry of a zoo from a finished meta-training run or search, and a race that it took part in."""
+"""Making an entry of a zoo from a finished meta-training run or search, and a race or comparison that it took part in."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ from metaopt.evaluate.report import plain
 from metaopt.evaluate.statistics import estimate
 from metaopt.meta.config import texts_in
 from metaopt.meta.trainer import CONFIG_FILE, METRICS_FILE
+from metaopt.objective import Objective
+from metaopt.program import ProgramObjective, read_loss
 from metaopt.resolve import THETA_FILE, load_theta, read_theta
 from metaopt.rule import UpdateRule
 from metaopt.suite import suites
-from metaopt.zoo.card import CARD_FILE, PAGE_FILE, Card, ProgramCard, WeightsCard, render
-from metaopt.zoo.entry import RULE_CLASS, RULE_FILE, golden_losses, load_program, verify
+from metaopt.zoo.card import CARD_FILE, PAGE_FILE, Card, LossCard, ProgramCard, WeightsCard, render
+from metaopt.zoo.entry import LOSS_FILE, RULE_CLASS, RULE_FILE, golden_losses, load_program, verify
 
 INIT_THETA_FILE = "init_theta.safetensors"
 """With which the first run began, where that is of no run."""
 CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD = "champion.py", "champion.json", "funnel.json"
 """What ``metaopt simplify`` leaves in the directory of a search, beside the ``report.json`` of each worker."""
+LOSS_SEARCH_FILE, LOSS_REPORT, LOSS_COMPARISON = "loop.json", "report.json", "comparison.json"
+"""What ``metaopt discover loss`` and ``metaopt discover compare`` leave in their directory."""
+LOSS_PICTURES = ("comparison.png", "curves.png")
+LOSS_TASK = "preference_noisy_slic_linear"
 START_FILE = "start.txt"
 """From which a search began."""
 UNKNOWN = "unknown"
@@ -50,23 +56,25 @@ def add(
     name: str,
     into: Path | str,
     *,
-    race: Path | str,
+    race: Path | str | None = None,
     license: str,
     summary: str,
     limits: str,
-    golden_task: str = "digits_mlp",
+    golden_task: str | None = None,
 ) -> Path:
-    """Make an entry of a finished meta-training run, or of a search whose champion ``metaopt simplify`` wrote.
+    """Make an entry of a finished meta-training run, of a search whose champion ``metaopt simplify`` wrote, or of a search for
+    losses that ``metaopt discover compare`` compared.
 
     Args:
-        run: its directory. That of a search holds ``champion.py``, which is imported.
+        run: its directory. That of a search for rules holds ``champion.py``, which is imported.
         name: of the entry: lower-case letters, digits and underscores.
         into: the directory of entries, of which the entry becomes a subdirectory.
-        race: the directory of a race (`metaopt.evaluate.save`) in which the run, or the champion, took part.
-        license: of the weights or the program.
+        race: the directory of a race (`metaopt.evaluate.save`) in which the run, or the champion, took part; none of a loss.
+        license: of the weights, the program or the loss.
         summary: one line.
         limits: what it was not tried on, and where it is known to fail.
-        golden_task: a quick task, whose first losses are recorded for `verify`.
+        golden_task: a quick task, whose first losses are recorded for `verify`; by default ``digits_mlp``, of a loss
+            ``preference_noisy_slic_linear``.
 
     Returns:
         The entry's directory; it appears whole or not at all.
@@ -80,13 +88,13 @@ def add(
         raise ValueError(f"the name of an entry is made of lower-case letters, digits and underscores, got {name!r}")
     if target.exists():
         raise ValueError(f"{target} is there already; what is published does not change, so choose another name")
-    source = _of_search(run) if (run / CHAMPION_FILE).is_file() else _of_meta_training(run)
-    content, losses = golden_losses(source.rule, golden_task, GOLDEN_SEED, GOLDEN_STEPS)
+    source = _source(run, race)
+    golden_task = golden_task or source.task
+    content, losses = golden_losses(source.made, golden_task, GOLDEN_SEED, GOLDEN_STEPS)
     card = source.card(
         name=name, summary=summary, license=license, limits=limits,
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         versions={"metaopt": metaopt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        scores=scores_of(_read_json(Path(race) / "race.json", "a race"), source.rule),
         golden={"task": golden_task, "content": content, "seed": GOLDEN_SEED, "losses": losses, "rtol": GOLDEN_RTOL},
         **source.fields,
     )  # fmt: skip
@@ -110,16 +118,98 @@ class _Source:
     """What a run gives an entry.
 
     Attributes:
-        rule: with its defaults.
+        made: the rule or the loss, with its defaults.
         card: its kind.
         fields: of the card, as far as they follow from the run.
         files: name in the entry -> content.
+        task: a quick one to try it on.
     """
 
-    rule: UpdateRule
+    made: UpdateRule | Objective
     card: type[Card]
     fields: dict[str, Any]
     files: dict[str, bytes]
+    task: str = "digits_mlp"
+
+
+def _source(run: Path, race: Path | str | None) -> _Source:
+    if (run / LOSS_SEARCH_FILE).is_file():
+        if race is not None:
+            raise ValueError(
+                f"{run} is a search for losses, which take part in no race; metaopt discover compare {run}"
+            )
+        return _of_loss_search(run)
+    if race is None:
+        raise ValueError(f"give the race that {run} took part in: --race DIRECTORY, which metaopt race --out writes")
+    source = _of_search(run) if (run / CHAMPION_FILE).is_file() else _of_meta_training(run)
+    assert isinstance(source.made, UpdateRule)
+    source.fields["scores"] = scores_of(_read_json(Path(race) / "race.json", "a race"), source.made)
+    return source
+
+
+def _of_loss_search(run: Path) -> _Source:
+    report = _read_json(run / LOSS_REPORT, "a finished search for losses")
+    compared = _read_json(run / LOSS_COMPARISON, "a search whose winner metaopt discover compare compared")
+    winner, config, counts = report["winner"], report["config"], report["counts"]
+    labels = [
+        name for name, of in compared["contestants"].items() if of["lineage"] and of["program"] == winner["program"]
+    ]
+    if not labels:
+        raise ValueError(f"{run / LOSS_COMPARISON} is not of the search's winner; metaopt discover compare {run} again")
+    own = compared["contestants"][labels[0]]
+    objective, inputs, hyperparameters = "preference", ["rho"], {"beta": own["beta"]}
+    program = read_loss(own["text"], inputs, tuple(hyperparameters))
+    regimes = [regime for stage in config["judge"] for regime in stage["regimes"]]
+    choices = [{"name": "preference", "options": regime["arguments"]} for regime in regimes]
+    shown = f"runs/{run.resolve().name}"
+    commands = [
+        ["discover", "loss", "--proposer", ",".join(config["proposers"]), "--budget", counts["evaluated"],
+         "--batch", config["batch"], "--seed", config["seed"], "--out", shown],
+        ["discover", "compare", shown],
+    ]  # fmt: skip
+    kept = {key: report[key] for key in ("config", "counts", "winner")}
+    files = {
+        LOSS_FILE: own["text"].encode(),
+        LOSS_REPORT: f"{json.dumps(kept, indent=1)}\n".encode(),
+        **{name: (run / name).read_bytes() for name in LOSS_PICTURES},
+    }
+    fields = {
+        "sha256": hashlib.sha256(files[LOSS_FILE]).hexdigest(),
+        "objective": objective,
+        "inputs": inputs,
+        "program": own["text"],
+        "hyperparameters": hyperparameters,
+        "lineage": own["lineage"],
+        "command": _commands(commands),
+        "seed": config["seed"],
+        "device": "cpu",
+        "cost": {"proposals": counts["proposed"], "trained_candidates": counts["evaluated"],
+                 "seconds": round(counts["seconds"])}
+        | ({"tokens": counts["tokens"], "money": counts["cost"]} if counts["tokens"] else {}),
+        "tasks": list(dict.fromkeys(_tasks_of(choices))),
+        "data": _data_of(choices),
+        "scores": {
+            "label": labels[0],
+            "report": compared["report"],
+            "best": compared["best"],
+            "contestants": {
+                name: plain(
+                    {key: of[key] for key in _KEPT} | ({"behind": own["behind"][name]} if name in own["behind"] else {})
+                )
+                for name, of in compared["contestants"].items()
+            },
+        },
+    }  # fmt: skip
+    made = ProgramObjective(program, "preference", tuple(hyperparameters.items()))
+    return _Source(made, LossCard, fields, files, LOSS_TASK)
+
+
+_KEPT = ("beta", "rate", "numbers", "selection", "tried", "edge", "loss", "win_rate", "kl")
+"""Of a contestant."""
+
+
+def _commands(commands: Iterable[Iterable[Any]]) -> str:
+    return "\n".join(shlex.join(["metaopt", *map(str, command)]) for command in commands)
 
 
 def _of_meta_training(run: Path) -> _Source:
@@ -186,7 +276,7 @@ def _of_search(run: Path) -> _Source:
         "sha256": champion["sha256"],
         "program": description(rule)["program"],
         "hyperparameters": rule.hp,
-        "command": "\n".join(shlex.join(["metaopt", *map(str, command)]) for command in commands),
+        "command": _commands(commands),
         "seed": config["seed"],
         "device": "cpu",
         "cost": {

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from metaopt.cli.commands.options import Device, Seed, Settings, check_device, parse_settings
-from metaopt_symbolic.losses.commands import loss
+from metaopt_symbolic.losses.commands import compare, loss
 
 discover = typer.Typer(help="Search for optimizers and losses.", rich_markup_mode="rich")
 discover.command("loss")(loss)
+discover.command("compare")(compare)
 
 Tasks = Annotated[
     str,

@@ -25,7 +25,17 @@ from metaopt_symbolic.language import FUNCTIONS as LANGUAGE
 from metaopt_symbolic.losses import judge as judge_module
 from metaopt_symbolic.losses.candidate import FUNCTIONS, LossValidator, behaviour, objective, python, read
 from metaopt_symbolic.losses.islands import Islands, Member
-from metaopt_symbolic.losses.judge import Judge, Regime, Score, Stage, margin_of, report_stage, search_stages, train
+from metaopt_symbolic.losses.judge import (
+    Judge,
+    Regime,
+    Score,
+    Stage,
+    margin_of,
+    measured,
+    report_stage,
+    search_stages,
+    train,
+)
 from metaopt_symbolic.losses.loop import STUDY, Candidate, Loop, LoopConfig, load, select
 from metaopt_symbolic.losses.mutator import Mutator, joined
 from metaopt_symbolic.losses.proposers import proposing
@@ -63,11 +73,17 @@ def test_a_judged_run_is_adam_on_the_task_and_its_score_the_validation_loss() ->
         task.training_loss(params, {}, task.train.take(rows))[0].backward()
         optimizer.step()
     wanted = task.normalize(task.loss(params, task.valid.tensors)).item()
-    found = train(task, [dpo(0.05), dpo(0.2)], horizon=horizon, seeds=(1, seed), scales=(1.0, 4.0), rates=(0.01, rate))
+    objectives, scales, rates = [dpo(0.05), dpo(0.2)], (1.0, 4.0), (0.01, rate)
+    found = train(task, objectives, horizon=horizon, seeds=(1, seed), scales=scales, rates=rates)
     assert found.shape == (2, 2, 2, 2)
     assert found[0, 1, 1, 1].item() == pytest.approx(wanted, abs=1e-5), "scale 4 of beta 0.05 is beta 0.2"
     assert found[1, 0, 1, 1].item() == pytest.approx(wanted, abs=1e-5)
     assert found[1, 0, 0, 1].item() != pytest.approx(wanted, abs=1e-3), "another learning rate"
+    others = measured(
+        task, objectives, "kl", "win_rate", horizon=horizon, seeds=(1, seed), scales=scales, rates=rates, split="test"
+    )
+    assert others[0, 0, 1, 1, 1].item() == pytest.approx(task.kl(params, task.test.tensors).item(), rel=1e-3)
+    assert others[1, 0, 1, 1, 1].item() == pytest.approx(task.win_rate(params, task.test.tensors).item(), abs=1e-5)
 
 
 def test_statistics_of_the_batch_are_of_one_run() -> None:

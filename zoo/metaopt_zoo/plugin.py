@@ -10,5 +10,5 @@ from metaopt.zoo import entries
 
 @hookimpl
 def metaopt_zoo_rules() -> list[Spec]:
-    """Trained weights with their cards."""
+    """Trained weights and found losses, with their cards."""
     return entries(Path(__file__).parent)

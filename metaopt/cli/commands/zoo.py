@@ -1,4 +1,4 @@
-"""``metaopt zoo``: published rules, their cards, and whether they still do what was recorded."""
+"""``metaopt zoo``: published rules and losses, their cards, and whether they still do what was recorded."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import typer
 
 from metaopt.cli.commands.catalogue import AsJson
 
-zoo = typer.Typer(help="Published rules: list, show, verify, add.", rich_markup_mode="rich")
+zoo = typer.Typer(help="Published rules and losses: list, show, verify, add.", rich_markup_mode="rich")
 
 Name = Annotated[str, typer.Argument(help="An entry (metaopt zoo list).")]
 
 
 @zoo.callback(invoke_without_command=True)
 def _group(context: typer.Context) -> None:
-    """Published rules: list, show, verify, add."""
+    """Published rules and losses: list, show, verify, add."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
 @zoo.command("list")
 def list_entries(as_json: AsJson = False) -> None:
-    """List the entries of all installed zoos; each is used as zoo:NAME wherever a rule is wanted.
+    """List the entries of all installed zoos; each is used as zoo:NAME wherever a rule, or an objective, is wanted.
 
     Example: [bold]metaopt zoo list[/bold]
     """
@@ -76,20 +76,29 @@ def add(
         Path, typer.Argument(help="Directory of a finished meta-training run, or of a search and its champion.")
     ],
     name: Annotated[str, typer.Argument(help="Of the entry: lower-case letters, digits, underscores.")],
-    race: Annotated[
-        Path, typer.Option(help="Directory of a race that the run, or RUN/champion.py:Champion, took part in.")
-    ],
     license: Annotated[
-        str, typer.Option("--license", "--licence", help="Of the weights or the program, for example Apache-2.0.")
+        str, typer.Option("--license", "--licence", help="Of what is published, for example Apache-2.0.")
     ],
     summary: Annotated[str, typer.Option(help="One line.")],
     limits: Annotated[str, typer.Option(help="What it was not tried on, and where it fails.")],
+    race: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a race that the run, or RUN/champion.py:Champion, took part in; none of a loss, which "
+            "metaopt discover compare compares."
+        ),
+    ] = None,
     to: Annotated[Path, typer.Option("--to", help="Directory of entries: a package whose plugin lists them.")] = Path(
         "zoo/metaopt_zoo"
     ),
-    task: Annotated[str, typer.Option(help="A quick task, whose first losses are recorded.")] = "digits_mlp",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A quick task, whose first losses are recorded; default: digits_mlp, of a loss preference_noisy_slic_linear."
+        ),
+    ] = None,
 ) -> None:
-    """Make an entry of a meta-training run or a simplified champion: the rule, card and page, whole or not at all.
+    """Make an entry of a meta-training run, a simplified champion or a compared loss, with its card, whole or not at all.
 
     Example: [bold]metaopt zoo add runs/lopt small_lopt --race runs/race --license Apache-2.0
     --summary "..." --limits "..."[/bold]

@@ -110,7 +110,7 @@ def python(genome: Genome) -> str:
     Raises:
         ValueError: a function that is not in `FUNCTIONS`.
     """
-    lines = [f"def loss({', '.join(genome.tensors)}):"]
+    lines = [f"def loss({', '.join([*genome.tensors, *genome.scalars])}):"]
     for target, function, args in genome.body:
         if function not in _PYTHON:
             raise ValueError(f"candidates are of the functions {', '.join(FUNCTIONS)}, got {function}")

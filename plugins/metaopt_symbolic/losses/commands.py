@@ -113,3 +113,29 @@ def show(
     compared = {shown.name: shown.genome} | {c.name: c.genome for k in shown.parents[:1] for c in [candidates[k]]}
     path = write_atomic(directory / f"{shown.name}.png", report.curves({**compared, "dpo": candidates[0].genome}))
     console.print(f"written: {path}", soft_wrap=True)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of searches that have ended.")],
+) -> None:
+    """Compare the selected losses of searches with tuned DPO, IPO, SLiC, LRML and cDPO on tasks that chose nothing.
+
+    Takes some minutes; each directory gets comparison.json and its pictures.
+
+    Example: [bold]metaopt discover compare runs/losses[/bold]
+    """
+    from rich.console import Console
+
+    from metaopt_symbolic.losses import comparison
+
+    by_name = {run.resolve().name: run for run in runs}
+    if len(by_name) < len(runs):
+        raise ValueError(
+            f"searches are told apart by the names of their directories, got {', '.join(map(str, runs))}; rename one"
+        )
+    facts, contestants = comparison.compare(by_name)
+    console = Console()
+    console.print(comparison.table(facts))
+    for run in runs:
+        written = comparison.save(facts, contestants, run)
+        console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,17 @@ from torch import Generator, Tensor
 from metaopt import tree
 from metaopt.objective import LOG_PROBABILITIES, Objective
 from metaopt.random import hash64, sample_indices
+from metaopt.rule import Params
+from metaopt.task import Batch
 from metaopt_tasks.preference import PreferencePolicy, preference
 
 AT_ONCE = 16
 """Losses that are trained together: more of them fill a CPU's caches."""
 
-SCALES = (0.25, 1.0, 4.0, 16.0)
+SCALES = (0.0625, 0.25, 1.0, 4.0)
 """Of log-probabilities, for losses with a beta of 0.05."""
 
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.1, 0.3, 1.0)
 """Learning rates of Adam, at the first step; they fall to 0."""
 
 
@@ -134,6 +137,14 @@ def report_stage() -> Stage:
 # -- training ------------------------------------------------------------------------------------------------------------
 
 
+MEASURES: Mapping[str, Callable[[PreferencePolicy, Params, Batch], Tensor]] = {
+    "loss": lambda task, params, batch: task.normalize(task.loss(params, batch)),
+    "win_rate": PreferencePolicy.win_rate,
+    "kl": PreferencePolicy.kl,
+}
+"""What policies are judged by; the loss is normalised, and the worst of all where it is no number."""
+
+
 def train(
     task: PreferencePolicy,
     objectives: Sequence[Objective],
@@ -144,14 +155,28 @@ def train(
     rates: Sequence[float] = RATES,
     split: str = "valid",
 ) -> Tensor:
+    """Normalised losses at the end: float64 [N, C, M, S]; see `measured`."""
+    return measured(task, objectives, "loss", horizon=horizon, seeds=seeds, scales=scales, rates=rates, split=split)[0]
+
+
+def measured(
+    task: PreferencePolicy,
+    objectives: Sequence[Objective],
+    *measures: str,
+    horizon: int,
+    seeds: Sequence[int],
+    scales: Sequence[float] = SCALES,
+    rates: Sequence[float] = RATES,
+    split: str = "valid",
+) -> Tensor:
     """Train a policy with each objective, scale, learning rate and seed, by Adam whose learning rate falls linearly to 0.
 
-    Initial parameters and batches of a seed are those of `metaopt.unroll.unroll`, whatever the objective. A run whose loss is
-    no number ends as the worst.
+    Initial parameters and batches of a seed are those of `metaopt.unroll.unroll`, whatever the objective.
 
     Args:
         task: whose own objective takes no part.
         objectives: N of them, of kind ``preference``.
+        *measures: of policies at the end, by their names in `MEASURES`.
         horizon: steps of a run.
         seeds: S of them.
         scales: C factors of the log-probabilities that objectives see.
@@ -159,7 +184,7 @@ def train(
         split: ``valid`` or ``test``: where policies are judged.
 
     Returns:
-        float64 [N, C, M, S], normalised losses at the end.
+        float64 [measures, N, C, M, S].
     """
     shape = len(rates), len(objectives), len(scales)
     own = torch.tensor(seeds, dtype=torch.int64)
@@ -183,9 +208,11 @@ def train(
         optimizer.step()
         schedule.step()
     judged = getattr(task, split).tensors
+    policies = _joined(params)
     with torch.no_grad():
-        loss = torch.vmap(torch.vmap(task.loss, (0, None)), (0, None))(_joined(params), judged)
-    return task.normalize(loss).unflatten(1, shape).permute(2, 3, 1, 0).double()
+        found = [torch.vmap(torch.vmap(partial(MEASURES[name], task), (0, None)), (0, None))(policies, judged)
+                 for name in measures]  # fmt: skip
+    return torch.stack(found).unflatten(2, shape).permute(0, 3, 4, 2, 1).double()
 
 
 def _joined(params: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -261,15 +288,12 @@ class Judge:
         """One score per objective, on one stage alone."""
         return [_score(stage, losses) for losses in self.losses(stage, objectives)]
 
-    def losses(self, stage: Stage, objectives: Sequence[Objective], split: str = "valid") -> Tensor:
+    def losses(self, stage: Stage, objectives: Sequence[Objective]) -> Tensor:
         """float64 [N, tasks, C, M, S], see `train`."""
         parts = []
         for k in range(0, len(objectives), AT_ONCE):
             some = objectives[k : k + AT_ONCE]
-            of = [
-                train(self._task(regime), some, horizon=stage.horizon, seeds=stage.seeds, split=split)
-                for regime in stage.regimes
-            ]
+            of = [train(self._task(regime), some, horizon=stage.horizon, seeds=stage.seeds) for regime in stage.regimes]
             parts.append(torch.stack(of, 1))
         return torch.cat(parts)
 

@@ -377,7 +377,11 @@ class Selected:
     rate: float
 
 
-def select(candidates: Sequence[Candidate], judge: Judge, stage: Stage, most: int = 12) -> Selected:
+ELITES = 12
+"""Of how many the winner is selected."""
+
+
+def select(candidates: Sequence[Candidate], judge: Judge, stage: Stage, most: int = ELITES) -> Selected:
     """The best of the ``most`` best candidates on another stage: who was only lucky in the search is not chosen."""
     elites = sorted(candidates, key=lambda candidate: candidate.score.loss)[:most]
     scores = judge.scores_on(stage, [objective(elite.genome) for elite in elites])
