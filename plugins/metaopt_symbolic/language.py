@@ -208,7 +208,15 @@ FUNCTIONS: dict[str, Function] = PAPER | EXTRAS | MATRICES
 NUMBER_OF = {name: k for k, name in enumerate(FUNCTIONS)}
 """A function's number in arrays of programs."""
 
-INSERTED = {"paper": tuple(PAPER), "all": tuple(PAPER | EXTRAS), "matrix": tuple(PAPER | MATRICES)}
+LOSSES = (
+    "logsigmoid", "sigmoid", "relu", "tanh", "exp", "log1p", "sqrt", "square", "abs", "negative", "sign", "arctan", "add",
+    "sub", "mul", "div", "max", "min",
+)  # fmt: skip
+"""What losses are made of, and other closed forms."""
+
+INSERTED = {
+    "paper": tuple(PAPER), "all": tuple(PAPER | EXTRAS), "matrix": tuple(PAPER | MATRICES), "losses": LOSSES
+}  # fmt: skip
 """What inserted statements call, by the option ``functions`` of a searcher."""
 
 OF_OPERATION = {

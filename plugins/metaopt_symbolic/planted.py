@@ -86,19 +86,13 @@ class Planted:
             means.append(keep * means[-1] + (1 - keep**2).sqrt() * normal(probes, elements))
         ratio = 10 ** (0.7 * normal(probes, elements) + 0.3)
         grads = scales * (ratio * torch.stack(means) + normal(STEPS, probes, elements))
-        rates = torch.linspace(1, 0.2, STEPS, dtype=torch.float64)
-        population = encode(programs)
+        times = {
+            "lr": torch.linspace(1, 0.2, STEPS, dtype=torch.float64)[None],
+            "t": torch.arange(1.0, STEPS + 1, dtype=torch.float64)[None],
+        }
         runs = torch.arange(count).repeat_interleave(probes)
-        step = PopulationStep(population, runs, SIZES)
-        times = {"lr": rates[None], "t": torch.arange(1.0, STEPS + 1, dtype=torch.float64)[None]}
-        numbers = population.numbers(runs, times, torch.float64).expand(STEPS, -1, -1)
-        slots = torch.zeros(population.kernel.inputs - 2, len(runs), elements, dtype=torch.float64)
-        updates = torch.empty(STEPS, len(runs), elements, dtype=torch.float64)
-        for k in range(STEPS):
-            # the same parameters at every step: what weight decay adds does not hang on what came before
-            updates[k] = params.repeat(count, 1)
-            step(updates[k], grads[k].repeat(count, 1), slots, numbers[k])
-        updates = params.repeat(count, 1) - updates
+        # the same parameters at every step: what weight decay adds does not hang on what came before
+        updates = updates_along(programs, runs, params.expand(STEPS, -1, -1), grads, times, SIZES)
         return updates.unflatten(1, (count, probes)).transpose(0, 1)
 
     def state(self) -> dict[str, Any]:
@@ -107,3 +101,35 @@ class Planted:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Nothing is remembered."""
+
+
+def updates_along(
+    programs: Sequence[Program],
+    runs: Tensor,
+    params: Tensor,
+    grads: Tensor,
+    times: Mapping[str, Tensor],
+    sizes: Sequence[int],
+) -> Tensor:
+    """What optimizers subtract, when at every step they see given parameters and gradients, in float64.
+
+    Args:
+        programs: of them.
+        runs: int64 [R], the program of each run; R is a multiple C P of the number of sequences, which C times P runs see.
+        params: float64 [T, P, elements].
+        grads: the same.
+        times: the programs' scalars, as `metaopt.program.population.Population.numbers` takes them.
+        sizes: of the tensors that make up the elements.
+
+    Returns:
+        [T, R, elements].
+    """
+    population = encode(programs)
+    step = PopulationStep(population, runs, sizes)
+    numbers = population.numbers(runs, times, torch.float64).expand(len(grads), -1, -1)
+    copies = len(runs) // grads.shape[1]
+    slots = torch.zeros(population.kernel.inputs - 2, len(runs), grads.shape[2], dtype=torch.float64)
+    after = params.repeat(1, copies, 1)
+    for k, grad in enumerate(grads):
+        step(after[k], grad.repeat(copies, 1), slots, numbers[k])
+    return params.repeat(1, copies, 1) - after

@@ -49,5 +49,8 @@ def metaopt_commands() -> list[Spec]:
     return [
         Spec("discover", "metaopt_symbolic.commands:discover", "search for optimizers and losses"),
         Spec("show", "metaopt_symbolic.losses.commands:show", "a candidate of a search for losses"),
+        Spec(
+            "distill", "metaopt_symbolic.distill.commands:distill", "a learned objective or optimizer as a closed form"
+        ),
         Spec("simplify", "metaopt_symbolic.commands:simplify", "the champion of a search as ten lines"),
     ]

@@ -59,8 +59,8 @@ class Evolution:
         tournament: members that compete to be a parent.
         patience: candidates without improvement before a restart; 0: never.
         parsimony: fitness that a statement costs in tournaments; what gains less than it counts as no improvement.
-        functions: what inserted statements may call (`INSERTED`): ``"paper"``; ``"all"``, with what traced rules need; or
-            ``"matrix"``, the paper's and functions of matrices.
+        functions: what inserted statements may call (`INSERTED`): ``"paper"``; ``"all"``, with what traced rules need;
+            ``"matrix"``, the paper's and functions of matrices; or ``"losses"``, what losses are made of.
         mutation: the other settings of `Mutation`, by name; what is not named is as in the paper.
 
     Raises:

@@ -100,6 +100,9 @@ _PYTHON = {
     )},
     **{name: f"{{}} {sign} {{}}" for name, sign in (("gt", ">"), ("lt", "<"), ("ge", ">="), ("le", "<="))},
 }  # fmt: skip
+_BOUNDED = {"max": "torch.clamp({}, min={})", "min": "torch.clamp({}, max={})"}
+"""Of a number, which torch.maximum does not take."""
+
 FUNCTIONS = tuple(sorted(_PYTHON))
 """Of the search language, those that candidates are printed with."""
 
@@ -114,5 +117,8 @@ def python(genome: Genome) -> str:
     for target, function, args in genome.body:
         if function not in _PYTHON:
             raise ValueError(f"candidates are of the functions {', '.join(FUNCTIONS)}, got {function}")
-        lines.append(f"    {target} = {_PYTHON[function].format(*map(str, args))}")
+        template = _PYTHON[function]
+        if function in _BOUNDED and isinstance(args[1], float):
+            template = _BOUNDED[function]
+        lines.append(f"    {target} = {template.format(*map(str, args))}")
     return "\n".join([*lines, "    return loss", ""])

@@ -10,16 +10,11 @@ from metaopt.program.program import Arg
 from metaopt.search import Proposal, ProposerError, Request, Validator
 from metaopt_symbolic.analysis import without_redundant
 from metaopt_symbolic.genome import LOSS, LOSS_SEEDS, Assign, Genome, parse
+from metaopt_symbolic.language import LOSSES
 from metaopt_symbolic.mutation import Mutation
 from metaopt_symbolic.population import Genomes
 
-FUNCTIONS = (
-    "logsigmoid", "sigmoid", "relu", "tanh", "exp", "log1p", "sqrt", "square", "abs", "negative", "sign", "arctan", "add",
-    "sub", "mul", "div", "max", "min", "interpolate",
-)  # fmt: skip
-"""What new statements call."""
-
-MUTATION = Mutation(functions=FUNCTIONS, tune=0.5, splice=0.5, duplicate=0.3, scales=(1.0, 0.3))
+MUTATION = Mutation(functions=(*LOSSES, "interpolate"), tune=0.5, splice=0.5, duplicate=0.3, scales=(1.0, 0.3))
 LONGEST = 24
 """Statements of a candidate, unless the request says fewer."""
 
@@ -78,23 +73,29 @@ class Mutator:
 
 def joined(one: Genome, two: Genome, weight: float) -> Genome:
     """The loss (1 - weight) one + weight two, of two losses of the same inputs."""
-    first, second = _numbered(one, 1), _numbered(two, 1 + len(one.body))
+    first, second = numbered(one, 1, 4), numbered(two, 1 + len(one.body), 4)
     mixed = Assign(LOSS, "interpolate", (first[-1].target, second[-1].target, weight))
     return replace(one, body=(*first, *second, mixed))
 
 
 def tidy(genome: Genome) -> Genome:
     """A loss without redundant assignments, with x1, x2, ... for its variables and numbers of four digits."""
-    *body, last = _numbered(genome, 1)
+    *body, last = numbered(genome, 1, 4)
     return replace(genome, body=(*body, last._replace(target=LOSS)))
 
 
-def _numbered(genome: Genome, start: int) -> list[Assign]:
-    """The last one is the loss."""
+def numbered(genome: Genome, start: int, digits: int = 17) -> list[Assign]:
+    """The assignments of a loss, with x and a number from ``start`` on for their variables; the last one is the loss.
+
+    Args:
+        genome: of a loss, without redundant assignments.
+        start: number of the first variable.
+        digits: of the constants; 17 are all.
+    """
     local: dict[str, str] = {}
 
     def arg(value: Arg) -> Arg:
-        return local.get(value, value) if isinstance(value, str) else float(f"{value:.4g}")
+        return local.get(value, value) if isinstance(value, str) else float(f"{value:.{digits}g}")
 
     body = []
     for k, (target, function, args) in enumerate(genome.body, start):

@@ -1,0 +1,51 @@
+"""``metaopt distill``: a learned objective or optimizer as a closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metaopt.cli.commands.options import Seed, Settings, parse_settings
+
+
+def distill(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="An objective (metaopt list objectives, or FILE.py:NAME), or an optimizer: registered, FILE.py:NAME, trained "
+            "meta-parameters or zoo:NAME."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of what is written.")] = Path("runs/distilled"),
+    budget: Annotated[
+        str, typer.Option(help="Children of the search (20000) or time (2m), for each piece of the formula.")
+    ] = "20000",
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Mean error that counts as none, in units of the target's mean size.", min=0.0001, max=1),
+    ] = 0.02,
+    tasks: Annotated[
+        str, typer.Option(help="On what an optimizer is watched: suites of a search, tasks, with commas between them.")
+    ] = "search",
+    seed: Seed = 0,
+    settings: Settings = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Find a closed form of a learned objective or optimizer, and verify it where the fit has not looked.
+
+    Discovered policy optimisation is what its authors read off the network of LPO so. Exits with 0 whatever the verdict is.
+
+    Example: [bold]metaopt distill discovered_policy --out runs/drift[/bold]
+    """
+    from rich.console import Console
+
+    from metaopt_symbolic.distill.distil import distil, resolve
+    from metaopt_symbolic.search import Budget
+
+    console = Console(stderr=True)
+    found = resolve(target, seed, **parse_settings(settings))
+    result = distil(found, target, Budget.of(budget), tolerance=tolerance, tasks=tasks, seed=seed, console=console)
+    written = result.save(out)
+    console.print(result.verdict.text, highlight=False, soft_wrap=True)
+    console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)

@@ -1,0 +1,197 @@
+"""Distillation: hidden formulas come back and are verified; what is no formula is said to be none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metaopt import registry
+from metaopt.cli import main
+from metaopt.objective import Objective
+from metaopt.resolve import resolve_rule
+from metaopt.rule import ElementwiseRule
+from metaopt_symbolic.distill import objectives, optimizers
+from metaopt_symbolic.distill.fit import FLOOR, Fit, Front, error_of, polished, search, small_formulas, weighted
+from metaopt_symbolic.distill.objectives import ObjectiveTarget, assembled, pieces, sample, slopes
+from metaopt_symbolic.distill.verify import Agreement, Check, Verdict, verify_objective, verify_optimizer
+from metaopt_symbolic.genome import Assign, Genome, parse
+from metaopt_symbolic.objective_file import objective_source
+from metaopt_symbolic.search import Budget
+from metaopt_symbolic.suites import tasks_of
+
+
+def objective(name: str, **options: Any) -> Objective:
+    made = registry.create("objective", name, **options)
+    assert isinstance(made, Objective)
+    return made
+
+
+def target_of(name: str, **options: Any) -> ObjectiveTarget:
+    made = objective(name, **options)
+    return ObjectiveTarget(made, pieces(made)[0])
+
+
+class Opaque(Objective):
+    """A loss of rho that no tracer reads, and whose numbers are none of ours."""
+
+    kind = "preference"
+    inputs = ("rho",)
+
+    def loss(self, rho: Tensor) -> Tensor:
+        knots = torch.linspace(-80, 80, 8001, dtype=rho.dtype)
+        slope = -0.3 / (1 + torch.exp(0.3 * knots))
+        at = torch.clamp((rho.detach() + 80) / 0.02, 0, 7999).long()
+        part = (rho.detach() - knots[at]) / 0.02
+        return rho * (slope[at] + part * (slope[at + 1] - slope[at]))
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_fitted_to_those_of_the_target() -> None:
+    fit = polished(target_of("dpo", beta=0.3), parse("def loss(rho):\n    z = mul(rho, 1.0)\n    z = logsigmoid(z)\n"
+                                                     "    loss = mul(z, -5.0)\n    return loss\n"))  # fmt: skip
+    assert fit.error < FLOOR
+    (_, (_, beta)), _, (_, (_, factor)) = ((a.function, a.args) for a in fit.genome.body)
+    # the slope is beta sigmoid(-beta rho)
+    assert (beta, factor) == pytest.approx((0.3, -1.0), rel=1e-4)
+
+
+def test_an_error_is_what_is_missing_in_units_of_the_target() -> None:
+    target = target_of("mse")  # of slope 2 e
+    program = parse("def loss(prediction, target):\n    e = sub(prediction, target)\n    e = square(e)\n"
+                    "    loss = mul(e, 0.75)\n    return loss\n").program()  # fmt: skip
+    assert error_of(target, program) == pytest.approx(0.25)
+
+
+def test_weights_change_no_structure_of_one_input() -> None:
+    genome = parse("def loss(rho):\n    z = tanh(rho)\n    loss = sub(rho, z)\n    return loss\n")
+    body = weighted(genome, {"rho": 4.0}).body
+    assert [a.function for a in body] == ["mul", "tanh", "mul", "mul", "sub"]
+    assert [a.args[1] for a in body if a.function == "mul"] == [0.25, 0.25, 1.0]
+
+
+def test_the_knee_is_where_errors_stop_to_fall() -> None:
+    front = Front()
+    formulas = sorted(small_formulas(("rho",)), key=lambda g: len(g.body))
+    lengths = {len(g.body): g for g in formulas}
+    for length, error in {1: 0.5, 2: 0.011, 3: 0.01}.items():
+        front.add(Fit(lengths[length], error))
+    front.add(Fit(lengths[3], 0.4))
+    assert [fit.error for fit in front.fits] == [0.5, 0.011, 0.01]
+    assert front.knee.error == 0.011
+
+
+# -- objectives ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_behind_its_slopes_is_found() -> None:
+    made = objective("ipo", beta=0.2)  # (rho - 2.5)^2
+    front = search(target_of("ipo", beta=0.2), objectives.starts(made), Budget(children=300), functions="losses")
+    assert front.best.error < FLOOR
+
+
+def test_slopes_of_a_drift_are_those_of_what_is_above_the_surrogate() -> None:
+    made = objective("ppo_penalty", beta=2.0)
+    points = sample(made, 50, seed=3)
+    wanted = 2 * (1 - 1 / points["ratio"])
+    assert torch.allclose(slopes(made, points)[0], wanted, rtol=1e-10)
+
+
+def test_formulas_of_both_signs_of_the_advantage_become_one_drift(tmp_path: Path) -> None:
+    def formula(x: str, a: float) -> Genome:  # x - a tanh(x / a), as in Lu et al. 2022
+        body = (Assign("y", "mul", (x, 1 / a)), Assign("y", "tanh", ("y",)), Assign("y", "mul", ("y", a)))
+        return Genome(objectives.DRIFT_FEATURES, (), ("loss",), (*body, Assign("loss", "sub", (x, "y"))))
+
+    target = objective("discovered_policy", alpha=2.0, beta=0.6)
+    genomes = [formula("ua", 2.0), formula("va", 0.6)]
+    path = tmp_path / "closed_form.py"
+    path.write_text(objective_source(assembled(target, genomes), "rl", "ClosedForm", "As published."))
+    closed = objective(f"{path}:ClosedForm")
+    points = sample(target, 500, seed=1)
+    # float64, sums in another order
+    assert torch.allclose(closed(points), target(points), rtol=1e-12, atol=1e-12)
+    assert verify_objective(target, closed, tolerance=0.001, seed=0).verified
+
+
+def test_another_formula_is_not_verified() -> None:
+    verdict = verify_objective(objective("dpo", beta=0.1), objective("dpo", beta=0.11), tolerance=0.02, seed=0)
+    assert not verdict.verified
+    assert verdict.text.startswith("not verified: mean error inside is 0.")
+    assert verify_objective(objective("dpo", beta=0.1), objective("dpo", beta=0.1001), tolerance=0.02, seed=0).verified
+
+
+def test_agreement_is_in_units_of_the_target() -> None:
+    wanted = torch.tensor([1.0, -3.0, 0.0])
+    found = Agreement.of("here", wanted + torch.tensor([0.0, 0.6, 0.6]), wanted)
+    assert (found.mean, found.largest) == pytest.approx((0.3, 0.2))
+    assert found.r2 == pytest.approx(1 - 0.72 / 10)
+    nothing = Agreement.of("here", torch.full((3,), torch.nan), wanted)
+    assert not Verdict((nothing,), (Check("mean", nothing.mean, 1.0),)).verified
+    assert not Check("nothing", float("nan"), 1.0).passed
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "self_paced"])
+def test_what_has_no_slope_of_one_example_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="give an objective of kind preference, regression or rl"):
+        pieces(objective(name))
+
+
+# -- optimizers ----------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_updates_are_those_of_the_rule() -> None:
+    tasks = dict([*tasks_of("search").items()][:2])
+    rule = resolve_rule("sgd", lr=0.03)
+    recorded = optimizers.record(rule, tasks, steps=5, seed=1)
+    # float32 parameters: what is subtracted is rounded to their digits
+    assert torch.allclose(recorded.updates * recorded.units, 0.03 * recorded.grads, atol=1e-7)
+    assert torch.allclose(recorded.updates.square().mean(0), torch.ones_like(recorded.units))
+
+
+def test_the_decay_of_a_hidden_momentum_is_found() -> None:
+    tasks = dict([*tasks_of("search").items()][:1])
+    target = optimizers.OptimizerTarget(
+        optimizers.record(resolve_rule("momentum", lr=0.02, momentum=0.7), tasks, steps=20, seed=0)
+    )
+    momentum = optimizers.starts()[0]
+    fit = polished(target, momentum)
+    assert fit.error < 1e-3  # of float32 parameters
+    assert [a.args[2] for a in fit.genome.body if a.function == "interpolate"] == [pytest.approx(0.7, abs=1e-3)]
+
+
+def test_a_rule_is_verified_where_it_was_not_fitted_and_another_is_not() -> None:
+    tasks = tasks_of("search")
+    fitted, others = ({name: tasks[name]} for name in [*tasks][:2])
+    adam, other = resolve_rule("adam", lr=0.01), resolve_rule("adam", lr=0.01, betas=(0.8, 0.999))
+    assert isinstance(adam, ElementwiseRule) and isinstance(other, ElementwiseRule)
+    assert verify_optimizer(adam, adam, fitted, others, tolerance=0.01, seed=0).verified
+    assert not verify_optimizer(adam, other, fitted, others, tolerance=0.01, seed=0).verified
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_opaque_loss_becomes_a_file_that_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["distill", f"{__file__}:Opaque", "--budget", "300", "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["verified"], report["verdict"]
+    assert (out / "closed_form.png").read_bytes().startswith(b"\x89PNG")
+    closed = objective(f"{out / 'closed_form.py'}:ClosedForm")
+    rho = torch.linspace(-20, 20, 9, dtype=torch.float64)
+    wanted = -0.3 / (1 + np.exp(0.3 * rho.numpy()))
+    found = slopes(closed, {"rho": rho})[0].numpy()
+    np.testing.assert_allclose(found, wanted, atol=0.02 * 0.15)
+    assert "verified" in capsys.readouterr().err
+
+
+def test_an_unknown_target_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "adamm", "--out", str(tmp_path)]) != 0
+    assert "adamm" in capsys.readouterr().err
