@@ -140,8 +140,7 @@ def _whole_window(
     dense, kernels = step.task.dense, step.kernels
     if dense is None or kernels is None:
         return None
-    inputs, target = (step.task.train.tensors[key] for key in (dense.inputs, dense.target))
-    examples, steps = (inputs.flatten(1), target, indices), indices.shape[1]
+    examples, steps = (*dense.examples(step.task.train.tensors, 1), indices), indices.shape[1]
     done: tuple[Tensor, Params, Mapping[str, Mapping[str, Tensor]], Tensor] | None = None
     if is_elementwise(step.rule):
         numbers = _coefficients(step.rule, hp, carry.step, steps)

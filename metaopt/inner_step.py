@@ -79,7 +79,7 @@ class InnerStep:
         dense = self.task.dense
         if dense is None or self.kernels is None:
             return None
-        return self.kernels.dense_gradients(dense, params, batch[dense.inputs].flatten(2), batch[dense.target])
+        return self.kernels.dense_gradients(dense, params, *dense.examples(batch, 2))
 
     def pure_gradients(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params, Params]:
         """As `gradients`, by function transforms: slower as it is, but open to ``torch.compile``."""

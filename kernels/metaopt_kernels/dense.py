@@ -181,14 +181,14 @@ def network_source(network: DenseNetwork, shape: Shape, precision: str) -> str:
     for i in range(1, last + 1):
         forward.append(f"z{i} = tl.dot({below[i - 1]}, tl.trans(param_w{i}), {how}) + param_b{i}[None, :]")
         if i < last:
-            forward.append(f"a{i} = dense.{network.activation}(z{i})")
+            forward.append(f"a{i} = dense.{network.activations[i - 1]}(z{i})")
         if i < last and padded(widths[i]) > widths[i]:  # some activations of 0 are not 0
             forward.append(f"a{i} = tl.where(dense.columns_of(z{i}) < {widths[i]}, a{i}, 0.0)")
     for i in range(last, 0, -1):
         backward.append(f"grad_w{i} = tl.dot(tl.trans(d{i}), {below[i - 1]}, {how})")
         backward.append(f"grad_b{i} = tl.sum(d{i}, 0)")
         if i > 1:
-            slope = f"dense.{network.activation}_slope(z{i - 1}, a{i - 1})"
+            slope = f"dense.{network.activations[i - 2]}_slope(z{i - 1}, a{i - 1})"
             backward.append(f"d{i - 1} = tl.dot(d{i}, param_w{i}, {how}) * {slope}")
     sizes = f"{batch}, {widths[-1]}"
     return _LOSS_AND_GRADIENTS.format(

@@ -33,8 +33,8 @@ class _Network(ctypes.Structure):
     _fields_ = (
         ("batch", ctypes.c_int64),
         ("layers", ctypes.c_int64),
-        ("activation", ctypes.c_int64),
         ("loss", ctypes.c_int64),
+        ("activations", ctypes.POINTER(ctypes.c_int64)),
         ("sizes", ctypes.POINTER(ctypes.c_int64)),
         ("smoothing", ctypes.c_double),
     )
@@ -162,8 +162,8 @@ def _large(widths: tuple[int, ...], batch: int) -> bool:
 
 def _described(network: DenseNetwork, widths: tuple[int, ...], batch: int) -> _Network:
     sizes = (ctypes.c_int64 * len(widths))(*widths)
-    activation, loss = ACTIVATIONS.index(network.activation), LOSSES.index(network.loss)
-    return _Network(batch, len(widths) - 1, activation, loss, sizes, network.label_smoothing)
+    activations = (ctypes.c_int64 * len(network.activations))(*map(ACTIVATIONS.index, network.activations))
+    return _Network(batch, len(widths) - 1, LOSSES.index(network.loss), activations, sizes, network.label_smoothing)
 
 
 def _by_layer(network: DenseNetwork, values: Mapping[str, Tensor]) -> list[Tensor]:

@@ -248,7 +248,8 @@ void mse(const Outputs& o) {
 // -- one copy ----------------------------------------------------------------------------------------------------------
 
 struct Network {  // metaopt.dense.cpp fills it
-    int64_t batch, layers, activation, loss;
+    int64_t batch, layers, loss;
+    const int64_t* activations;  // of every layer but the last
     const int64_t* sizes;  // of the inputs, then of every layer's outputs
     double smoothing;
 };
@@ -261,6 +262,7 @@ struct Examples {  // inputs [batch][features]; labels [batch], or else targets 
 
 struct Layer {
     int64_t in, out, wide;
+    int64_t activation;     // none of the last
     int64_t weight, bias;   // where they begin among a copy's numbers
     T *outputs, *slope;     // [batch][wide]; going back, outputs become the loss's gradient there
     T* turned;              // the weight as [out][wide of the layer before]; none of the first
@@ -278,7 +280,8 @@ public:
     Copy(const Network& network, const int64_t slots) : labels(network.batch), network(network) {
         for (int64_t i = 0; i < network.layers; ++i) {
             const int64_t in = network.sizes[i], out = network.sizes[i + 1], wide = padded(out);
-            layers.push_back({in, out, wide, size, size + in * wide, nullptr, nullptr, nullptr});
+            const int64_t activation = i + 1 < network.layers ? network.activations[i] : int64_t(LINEAR);
+            layers.push_back({in, out, wide, activation, size, size + in * wide, nullptr, nullptr, nullptr});
             size += (in + 1) * wide;
         }
         for (int64_t i = 0; i < slots + 2; ++i) numbers.push_back(zeros(size));
@@ -337,7 +340,7 @@ public:
         for (const Layer& layer : layers) {
             const T *weight = params + layer.weight, *bias = params + layer.bias;
             product(network.batch, x, stride, 1, layer.in, weight, layer.wide, bias, layer.outputs);
-            if (&layer != &layers.back()) activate(network.activation, network.batch * layer.wide, layer.outputs, layer.slope);
+            if (&layer != &layers.back()) activate(layer.activation, network.batch * layer.wide, layer.outputs, layer.slope);
             x = layer.outputs, stride = layer.wide;
         }
         const T loss = of_outputs(examples);
@@ -397,7 +400,7 @@ private:
         product(network.batch, layer.outputs, layer.wide, 1, layer.out, layer.turned, before.wide, nullptr, before.outputs);
         T *delta = before.outputs, *slope = before.slope;
         const int64_t count = network.batch * before.wide;
-        if (network.activation == RELU) {  // as in torch, what is cut off is 0 though NaN came back
+        if (before.activation == RELU) {  // as in torch, what is cut off is 0 though NaN came back
             INDEPENDENT
             for (int64_t i = 0; i < count; ++i) delta[i] = slope[i] == 0 ? T(0) : delta[i];
         } else {

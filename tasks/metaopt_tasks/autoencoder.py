@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from metaopt.dense.network import DenseNetwork
 from metaopt.rule import ParamInfo, Params, infer_info
 from metaopt.task import Batch, Split
 from metaopt_tasks.choices import require_choice
@@ -198,6 +199,18 @@ class Autoencoder(ScaledTask):
         """Mean reconstruction loss of ``input`` [B, ...]."""
         inputs = batch["input"]
         return self.reconstruction(self.coder.decode(params, self.coder.encode(params, inputs)), inputs)
+
+    @property
+    def dense(self) -> DenseNetwork | None:
+        """Of ``mse`` without convolutions; a subclass, whose training loss may be another, has none."""
+        coder = self.coder
+        if type(self) is not Autoencoder or not isinstance(coder, MLPCoder) or self.criterion != "mse":
+            return None
+        depth = len(coder.widths)
+        names = [f"encoder{i}" for i in range(1, depth + 1)] + ["code"] + [f"decoder{i}" for i in range(1, depth + 2)]
+        layers = tuple((f"{name}.weight", f"{name}.bias") for name in names)
+        hidden = (coder.activation,) * depth
+        return DenseNetwork(layers, (*hidden, "linear", *hidden), "mse", target="input")
 
     def info(self) -> dict[str, ParamInfo]:
         """From the pixels and from the code are inputs, to the code and to the pixels outputs."""

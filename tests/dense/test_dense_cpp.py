@@ -22,6 +22,7 @@ from metaopt.random import sample_indices
 from metaopt.rule import ElementwiseRule, Params
 from metaopt.task import Split, Task
 from metaopt.unroll import Carry, start, unroll
+from metaopt_tasks.autoencoder import Autoencoder, MLPCoder
 from metaopt_tasks.mlp import MLPClassifier, hinge
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -66,7 +67,7 @@ def torch_loss(dense: DenseNetwork, params: Params, inputs: Tensor, target: Tens
     """Of one copy."""
     h = inputs
     for i, (weight, bias) in enumerate(dense.layers):
-        h = TORCH_ACTIVATIONS[dense.activation](h) if i else h
+        h = TORCH_ACTIVATIONS[dense.activations[i - 1]](h) if i else h
         h = F.linear(h, params[weight], params[bias])
     if dense.loss == "cross_entropy":
         return F.cross_entropy(h, target, label_smoothing=dense.label_smoothing)
@@ -103,6 +104,15 @@ def test_losses_and_gradients_are_those_of_autograd(shape: str, activation: str,
     assert_rounded(found, torch_gradients(dense, *batch_of_copies))
 
 
+def test_each_layer_may_have_an_activation_of_its_own() -> None:
+    layers = tuple((f"w{i}", f"b{i}") for i in range(4))
+    dense = DenseNetwork(layers, ("relu", "linear", "softplus"), "mse")  # relu has a backward pass of its own
+    batch_of_copies = drawn(dense, (9, 8, 3, 8, 9), 20, torch.float64)
+    found = dense_gradients(dense, *batch_of_copies)
+    assert found is not None
+    assert_rounded(found, torch_gradients(dense, *batch_of_copies))
+
+
 def test_labels_are_smoothed_as_in_torch() -> None:
     dense = network(2, smoothing=0.3)
     batch_of_copies = drawn(dense, (9, 8, 4), 20, torch.float64)
@@ -111,23 +121,26 @@ def test_labels_are_smoothed_as_in_torch() -> None:
     assert_rounded(found, torch_gradients(dense, *batch_of_copies))
 
 
-MLP_TASKS = [
+DENSE_FAMILIES = ("mlp_classifier", "mlp_regressor", "mup_mlp", "autoencoder")
+DENSE_TASKS = [
     name
     for name, spec in registry.specs("task").items()
-    if spec.facts.get("family") in ("mlp_classifier", "mlp_regressor", "mup_mlp") and spec.facts["suite"] != "large"
+    if spec.facts.get("family") in DENSE_FAMILIES and spec.facts["suite"] != "large"
 ]
 
 
-@pytest.mark.parametrize("name", MLP_TASKS)
+@pytest.mark.parametrize("name", DENSE_TASKS)
 def test_what_a_task_says_of_its_training_loss_is_true(name: str) -> None:
     task = registry.create("task", name)
     if task.dense is None:
-        assert task.stochastic or task.norm != "none" or task.criterion in ("l1", "huber")
+        if isinstance(task, Autoencoder):
+            assert task.criterion == "bce" or not isinstance(task.coder, MLPCoder)
+        else:
+            assert task.stochastic or task.norm != "none" or task.criterion in ("l1", "huber")
         return
     carry = start(task, registry.create("optimizer", "sgd"), [0, 1])
     batch = task.train.take(sample_indices(carry.seeds, carry.step, task.batch_size, len(task.train)))
-    inputs, target = batch[task.dense.inputs].flatten(2), batch[task.dense.target]
-    found = dense_gradients(task.dense, carry.params, inputs, target)
+    found = dense_gradients(task.dense, carry.params, *task.dense.examples(batch, 2))
     assert found is not None
     assert_rounded(found, gradients(torch.vmap(task.training_loss), carry.params, {}, batch)[:2])
 
@@ -196,6 +209,7 @@ def test_tensors_that_are_not_the_networks_are_left_to_torch() -> None:
     ("wrong", "message"),
     [
         ({"activation": "swish"}, "activation must be one of"),
+        ({"activation": ("relu",)}, "activation must be one name, or 0 for 1 layers, got 1"),
         ({"loss": "l1"}, "loss must be one of"),
         ({"layers": ()}, "layers must name at least one"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),

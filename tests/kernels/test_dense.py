@@ -51,7 +51,7 @@ def drawn(
 def loss_of(network: DenseNetwork, params: Params, x: Tensor, target: Tensor) -> Tensor:
     """One copy's, by torch."""
     for i, (weight, bias) in enumerate(network.layers):
-        x = F.linear(FUNCTIONS[network.activation](x) if i else x, params[weight], params[bias])
+        x = F.linear(FUNCTIONS[network.activations[i - 1]](x) if i else x, params[weight], params[bias])
     match network.loss:
         case "cross_entropy":
             return F.cross_entropy(x, target, label_smoothing=network.label_smoothing)
@@ -90,6 +90,12 @@ def assert_agree(network: DenseNetwork, params: Params, inputs: Tensor, target: 
 def test_every_activation_passes_gradients_as_torch_does(activation: str, device: torch.device) -> None:
     network = network_of(3, activation)
     assert_agree(network, *drawn(network, (7, 20, 5, 3), 6, device))
+
+
+def test_each_layer_may_have_an_activation_of_its_own(device: torch.device) -> None:
+    layers = tuple((f"fc{i}.weight", f"fc{i}.bias") for i in range(4))
+    network = DenseNetwork(layers, ("relu", "linear", "softplus"), "mse")
+    assert_agree(network, *drawn(network, (7, 20, 3, 5, 7), 6, device))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
