@@ -229,7 +229,7 @@ def _spec(directory: Path) -> Spec:
 
 def render(card: Card) -> str:
     """The card as a page of Markdown."""
-    program = f"\n```python\n{card.program}\n```\n" if isinstance(card, ProgramCard | LossCard) else ""
+    program = f"\n```python\n{card.program.rstrip()}\n```\n" if isinstance(card, ProgramCard | LossCard) else ""
     cost = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in card.cost.items())
     data = "; ".join(f"{name} ({licence})" for name, licence in card.data.items()) or "generated"
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
@@ -290,6 +290,7 @@ def _lineage(card: LossCard) -> str:
 def _comparison(scores: Mapping[str, Any]) -> str:
     label, report, contestants = scores["label"], scores["report"], scores["contestants"]
     tasks = [regime["name"] for regime in report["regimes"]]
+    parts = [name for name in contestants[label]["loss"] if name != "mean"]
     lines = [
         f"Policies on the test split of {len(tasks)} tasks ({', '.join(tasks)}), {report['horizon']} steps, "
         f"{len(report['seeds'])} seeds, of data, initial parameters and batches alike: mean [95 % interval over seeds]. "
@@ -315,11 +316,13 @@ def _comparison(scores: Mapping[str, Any]) -> str:
             str(of["tried"]),
         )
         lines.append(f"| {'**' + name + '**' if name == label else name} | {' | '.join(cells)} |")
-    lines += ["", "Losses by task:", "", f"| contestant | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
-    lines += [
-        f"| {name} | {' | '.join(_mean(of['loss'][task]) for task in tasks)} |" for name, of in contestants.items()
-    ]
-    lines += ["", "![Value and derivative by rho](curves.png)"]
+    head = [f"| contestant | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
+    others = {name: of["behind"] for name, of in contestants.items() if name != label}
+    lines += ["", "Losses, of the mean of some tasks and by task:", "", *head]
+    lines += [f"| {name} | {' | '.join(_mean(of['loss'][p]) for p in parts)} |" for name, of in contestants.items()]
+    lines += ["", "Behind:", "", *head]
+    lines += [f"| {name} | {' | '.join(_mean(behind[p]) for p in parts)} |" for name, behind in others.items()]
+    lines += ["", "![Value and derivative by rho, in units of its steepest slopes](curves.png)"]
     return "\n".join(lines)
 
 

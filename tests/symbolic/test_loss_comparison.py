@@ -115,8 +115,10 @@ def test_published_losses_are_tuned_with_all_their_numbers() -> None:
 
 
 def test_intervals_are_over_seeds_of_means_over_tasks() -> None:
-    found = _of_tasks(["a", "b"], np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
+    stage = Stage((Regime("a", {}), Regime("b", {"hidden": (3,)})), 1, (0, 1, 2))
+    found = _of_tasks(stage, np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
     assert found["mean"] == [2.0, 2.0, 2.0]
+    assert found["linear policies"] == found["a"] and found["deeper policies"] == found["b"]
     assert found["a"] == pytest.approx([2.0, 2 - 4.3026527 / 3**0.5, 2 + 4.3026527 / 3**0.5])  # Student's t
 
 

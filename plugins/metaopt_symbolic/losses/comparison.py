@@ -8,7 +8,6 @@ those of the seed.
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,8 @@ from metaopt_symbolic.losses.candidate import BETA, INPUTS, objective, python
 from metaopt_symbolic.losses.judge import MEASURES, RATES, SCALES, Stage, margin_of, measured, train
 from metaopt_symbolic.losses.loop import ELITES, load
 from metaopt_symbolic.losses.mutator import tidy
-from metaopt_symbolic.losses.report import curves, lineage
+from metaopt_symbolic.losses.report import lineage, png, sampled
+from metaopt_symbolic.simplify import folded
 from metaopt_tasks.preference import preference
 
 FILE, PICTURE, CURVES = "comparison.json", "comparison.png", "curves.png"
@@ -61,6 +61,9 @@ def loss(rho):
 """
 """DPO that expects a share of the pairs to be ranked the wrong way round (Mitchell, 2023, "conservative DPO")."""
 SHARES = (0.1, 0.2, 0.3, 0.4)
+
+SHOWN = 100.0
+"""Largest |rho| of the picture, about that of the trained policies."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def scaled(genome: Genome, scale: float) -> Genome:
 
 def _behind(seen: Sequence[Assign], genome: Genome, scalars: tuple[str, ...] = ()) -> Genome:
     """A loss that sees r, which ``seen`` assigns, in the place of rho."""
-    genome = tidy(genome)  # whose variables are x1, x2, ...
+    genome = tidy(folded(genome))  # whose variables are x1, x2, ...
     body = [a._replace(args=tuple("r" if arg in INPUTS else arg for arg in a.args)) for a in genome.body]
     return replace(genome, scalars=scalars, body=(*seen, *body))
 
@@ -145,7 +148,7 @@ def winner(run: Path) -> Contestant:
     (chosen,) = (c for c in candidates if c.digest == told["digest"])
     selection = told["selection"][str(chosen.number)]
     tried = ELITES * len(SCALES) * len(RATES)
-    history = lineage(chosen, candidates)
+    history = lineage(chosen, candidates, depth=len(candidates))
     return Contestant(chosen.genome, told["scale"], told["rate"], {}, selection, tried, history=history)
 
 
@@ -203,7 +206,6 @@ def _facts(
     one: Contestant, values: NDArray[np.float64], others: Mapping[str, NDArray[np.float64]], stage: Stage
 ) -> dict[str, Any]:
     """``values`` are [measures, tasks, seeds] of the contestant, ``others`` losses [tasks, seeds] of the others."""
-    names = [regime.name for regime in stage.regimes]
     return {
         "program": one.genome.text(),
         "text": python(with_beta(one.genome)),
@@ -214,14 +216,17 @@ def _facts(
         "tried": one.tried,
         "edge": one.edge,
         "lineage": [*one.history],
-        **{measure: _of_tasks(names, rows) for measure, rows in zip(MEASURES, values, strict=True)},
-        "behind": {name: _of_tasks(names, values[0] - of) for name, of in others.items()},
+        **{measure: _of_tasks(stage, rows) for measure, rows in zip(MEASURES, values, strict=True)},
+        "behind": {name: _of_tasks(stage, values[0] - of) for name, of in others.items()},
     }
 
 
-def _of_tasks(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, list[float]]:
-    """Mean and 95 % interval over seeds, by task and of the mean of tasks; ``values`` are [tasks, seeds]."""
-    rows = {"mean": values.mean(0), **dict(zip(names, values, strict=True))}
+def _of_tasks(stage: Stage, values: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Mean and 95 % interval over seeds, of means of tasks and by task; ``values`` are [tasks, seeds]."""
+    is_deep = np.array(["hidden" in regime.arguments for regime in stage.regimes])
+    groups = {"mean": np.full_like(is_deep, True), "linear policies": ~is_deep, "deeper policies": is_deep}
+    rows = {name: values[own].mean(0) for name, own in groups.items() if own.any()}
+    rows |= {regime.name: of for regime, of in zip(stage.regimes, values, strict=True)}
     return {name: [of.mean(), of.mean() - margin_of(of), of.mean() + margin_of(of)] for name, of in rows.items()}
 
 
@@ -254,9 +259,22 @@ def save(facts: Mapping[str, Any], contestants: Mapping[str, Contestant], direct
 
 
 def drawn(facts: Mapping[str, Any], contestants: Mapping[str, Contestant]) -> bytes:
-    """Curves of the best found loss and of the published ones, at the scales at which they were trained with."""
-    shown = [name for name in contestants if name == facts["best"]["found"] or not contestants[name].history]
-    return curves({name: scaled(contestants[name].genome, contestants[name].scale) for name in shown})
+    """Curves of all losses at their scales, in units of their steepest slopes, since Adam tells no units apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    values, slopes = figure.subplots(1, 2)
+    for name, one in contestants.items():
+        style = "-" if name == facts["best"]["found"] else ":" if one.history else "--"
+        rho, loss, slope = sampled(scaled(one.genome, one.scale), SHOWN, 600)  # which leaves 0 out
+        unit = slope.abs().quantile(0.95)
+        values.plot(rho, (loss - loss.mean()) / unit, style, label=name)
+        slopes.plot(rho, slope / unit, style)
+    values.set(xlabel="rho", ylabel="loss, less its mean")
+    slopes.set(xlabel="rho", ylabel="derivative", ylim=(-1.5, 0.5))
+    slopes.axhline(0, color="gray", linewidth=0.5)
+    values.legend(fontsize="small")
+    return png(figure)
 
 
 def picture(facts: Mapping[str, Any]) -> bytes:
@@ -277,6 +295,4 @@ def picture(facts: Mapping[str, Any]) -> bytes:
     by_task.set(ylabel="loss of the policy (1: reference, 0: best)")
     by_task.legend(ncols=2, fontsize="small")
     paid.set(xlabel="KL(policy || reference), nats", ylabel="loss, mean of tasks")
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=120, metadata={"Software": None})
-    return target.getvalue()
+    return png(figure)

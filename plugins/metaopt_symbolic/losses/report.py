@@ -103,7 +103,7 @@ def _history(loop: Loop) -> bytes:
         xlabel="candidates", ylabel="loss of the policy (1: reference, 0: best)", ylim=(0.9 * min(best), 1.05 * best[0])
     )
     axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def curves(genomes: Mapping[str, Genome]) -> bytes:
@@ -120,18 +120,19 @@ def curves(genomes: Mapping[str, Genome]) -> bytes:
     slopes.set(xlabel="rho", ylabel="derivative, in units of its largest")
     slopes.axhline(0, color="gray", linewidth=0.5)
     values.legend()
-    return _png(figure)
+    return png(figure)
 
 
-def sampled(genome: Genome, points: int = 601) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rho, loss and derivative, float64 [points] each, over +-`SHOWN`."""
-    rho = torch.linspace(-SHOWN, SHOWN, points, dtype=torch.float64, requires_grad=True)
+def sampled(genome: Genome, shown: float = SHOWN, points: int = 601) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rho, loss and derivative, float64 [points] each, over +-``shown``."""
+    rho = torch.linspace(-shown, shown, points, dtype=torch.float64, requires_grad=True)
     (loss,) = evaluate(genome.program(), {"rho": rho}, {})
     (slope,) = torch.autograd.grad(loss.sum(), rho)
     return rho.detach(), loss.detach(), slope
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure's bytes, the same for equal figures."""
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=120, metadata={"Software": None})
     return target.getvalue()
