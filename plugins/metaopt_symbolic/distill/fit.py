@@ -59,15 +59,14 @@ _NONE = np.zeros((1, 0))
 
 
 class Target(Protocol):
-    """What is to be matched.
-
-    Attributes:
-        wanted: float64 [M].
-        sizes: magnitudes of what a loss reads, by name.
-    """
+    """What is to be matched."""
 
     wanted: NDArray[np.float64]
-    sizes: Mapping[str, float]
+    """float64 [M]."""
+
+    @property
+    def sizes(self) -> Mapping[str, float]:
+        """Magnitudes of what a loss reads, by name."""
 
     def outputs(self, program: Program, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
         """What a program gives in the place of ``wanted``, for K choices of its numbers.
