@@ -146,8 +146,9 @@ class Ledger:
 
     def close(self) -> None:
         """Let another process have the file."""
-        if self._file is not None:
-            self._file.close()
+        with self._lock:  # a write that is under way would keep the file locked
+            if self._file is not None:
+                self._file.close()
 
     def _spent(self) -> Charge:
         return sum((most for _, most in self._under_way.values()), self._settled)

@@ -12,11 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -32,6 +29,7 @@ from metaopt_symbolic.analysis import Analysis, analyse, live_part, without_redu
 from metaopt_symbolic.cascade import Score
 from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, parse
+from metaopt_symbolic.interruptions import interruptions
 from metaopt_symbolic.population import Genomes
 from metaopt_symbolic.searchers import Searcher
 
@@ -281,7 +279,7 @@ class Search:
         """
         saved = began = time.monotonic()
         before = self.counts.seconds
-        with _interruptions() as interrupted:
+        with interruptions() as interrupted:
             while not budget.is_spent(self.counts) and not interrupted:
                 self._generation()
                 now = time.monotonic()
@@ -450,23 +448,3 @@ class Search:
 def _pair(behaviour: NDArray[np.uint64]) -> tuple[int, int]:
     first, second = behaviour.tolist()
     return first, second
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills once; the second time it interrupts. Outside the main thread it stays empty."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -207,13 +207,13 @@ class Killed(Exception):
 
 
 class DyingJudge(Judge):
-    """Dies when it is asked for the third time: the start, a round, and then."""
+    """Dies when it is asked for the fourth time: the start, nobody while the first round is asked for, one round, and then."""
 
     asked = 0
 
     def scores(self, objectives: Sequence[Objective]) -> list[Score]:
         self.asked += 1
-        if self.asked == 3:
+        if self.asked == 4:
             raise Killed
         return super().scores(objectives)
 
@@ -289,9 +289,13 @@ def test_errors_become_notes_and_proposers_that_fail_end_the_search(tmp_path: Pa
         options = {"model": "tiny", "base_url": running.url, "key_env": "", "dialect": "other", "repairs": 0}
         with loop_in(tmp_path, Judge(TINY), ("openai",), **options) as (loop, _):
             loop._round(4)
-            assert (loop.counts.evaluated, loop.counts.known) == (1, 3)
+            assert (len(loop._waiting), loop.counts.known) == (1, 3)
             loop._round(4)
-        assert (loop.counts.known, loop.counts.invalid) == (7, 0)  # its author was told, and did not mend it
+        assert (loop.counts.evaluated, loop.counts.known, loop.counts.invalid) == (
+            1,
+            7,
+            0,
+        )  # its author was told, and did not mend it
         assert "cubed: it computes the same as cubed" in running.seen[-1].text
     made = LossValidator()
     failing = Mutator(lambda source: "no", attempts=1)

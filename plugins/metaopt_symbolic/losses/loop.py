@@ -1,8 +1,11 @@
 """The search loop: propose, validate, evaluate, archive, tell.
 
+The candidates of a round are asked for while those of the round before are trained with, so that nobody waits for a server
+that thinks: what proposers see is two rounds old.
+
 A search lives in a directory: ``loop.json`` is what it goes on from, ``study.log`` the archive. Requests are written down
-before they are made. So a search that is killed asks the same again, gets from the ledger of its proposers what it has paid
-for, and comes to the same champion.
+before they are made, with the candidates that wait to be trained with. So a search that is killed asks the same again, gets
+from the ledger of its proposers what it has paid for, and comes to the same champion.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ import numpy as np
 from metaopt.files import write_atomic
 from metaopt.search import Archive, Elite, Mixture, Proposal, Proposer, ProposerError, Request
 from metaopt_symbolic.genome import LOSS_SEEDS, Genome, parse
+from metaopt_symbolic.interruptions import interruptions
 from metaopt_symbolic.losses.candidate import SAME, LossValidator, behaviour, objective, python, read
 from metaopt_symbolic.losses.islands import Islands, Member
 from metaopt_symbolic.losses.judge import Judge, Score, Stage
@@ -41,7 +46,7 @@ class LoopConfig:
         proposers: names of those that take part.
         judge: `Judge.describe`.
         start: programs of the search language that every island begins with, by name.
-        batch: requests of a round, answered at the same time and judged together.
+        batch: requests of a round, answered at the same time and trained with together.
         parents, examples: how many candidates of an island, and of all, a proposer is shown.
         longest: statements of a candidate.
         islands: options of `Islands`.
@@ -167,6 +172,7 @@ class Loop:
         self._judge, self._proposer, self._validator = judge, proposer, validator
         self._islands = Islands(**config.islands)
         self._requests: list[Request] = []
+        self._waiting: list[tuple[Request, Proposal]] = []
         if (self.directory / FILE).is_file():
             self._restore(json.loads((self.directory / FILE).read_text()))
         else:
@@ -192,6 +198,8 @@ class Loop:
     ) -> Candidate:
         """Go on until the budget, which counts what was done before a resume, is spent; returns the best.
 
+        Ctrl-C ends it after the round at hand, with everything saved; a second one at once, and that round is repeated.
+
         Args:
             evaluations: candidates that are trained with.
             seconds: of wall-clock.
@@ -199,42 +207,58 @@ class Loop:
 
         Raises:
             ProposerError: no proposer answers, now or any more; what was done is saved.
+            KeyboardInterrupt: after the checkpoint.
         """
         began, before = time.monotonic(), self.counts.seconds
-        while (evaluations is None or self.counts.evaluated < evaluations) and (
-            seconds is None or self.counts.seconds < seconds
-        ):
-            left = math.inf if evaluations is None else evaluations - self.counts.evaluated
-            self._round(int(min(self.config.batch, left)))
-            self.counts.seconds = before + time.monotonic() - began
-            self._save()
-            on_round(self)
+        with interruptions() as interrupted:
+            while not interrupted and (seconds is None or self.counts.seconds < seconds):
+                left = math.inf if evaluations is None else evaluations - self.counts.evaluated - len(self._waiting)
+                if left <= 0:
+                    break
+                self._round(int(min(self.config.batch, left)))
+                self.counts.seconds = before + time.monotonic() - began
+                on_round(self)
+            if not interrupted:
+                self._keep(self._scores())
+                self.counts.seconds = before + time.monotonic() - began
+        self._save()
+        if interrupted:
+            raise KeyboardInterrupt
         return self.best
 
     def _round(self, count: int) -> None:
+        """Ask for ``count`` candidates, unless others were asked for before a kill, while those that wait are trained with."""
         if not self._requests:
             self._requests = [self._request(k) for k in range(count)]
-            self._save()
-        with ThreadPoolExecutor(len(self._requests)) as threads:
-            answers = [*threads.map(self._answer, self._requests)]
+        self._save()
+        asked = [self._ask(request) for request in self._requests]
+        self._keep(self._scores())
+        answers = [answer.result() for answer in asked]
         failures = [answer for answer in answers if isinstance(answer, ProposerError)]
         if len(failures) == len(answers):
+            self._save()
             raise failures[0]
         requests, self._requests = self._requests, []
         self.counts.rounds += 1
         self.counts.failed += len(failures)
-        found = [
-            (request, answer)
-            for request, answer in zip(requests, answers, strict=True)
-            if not isinstance(answer, ProposerError)
-        ]
-        self._take(found)
+        for request, answer in zip(requests, answers, strict=True):
+            if not isinstance(answer, ProposerError):
+                self._admit(request, answer)
 
-    def _answer(self, request: Request) -> Proposal | ProposerError:
-        try:
-            return self._proposer.propose(request)
-        except ProposerError as error:
-            return error
+    def _ask(self, request: Request) -> Future[Proposal | ProposerError]:
+        """The answer, by a thread that keeps no process alive: after a second Ctrl-C nobody waits for a server."""
+        answer: Future[Proposal | ProposerError] = Future()
+
+        def propose() -> None:
+            try:
+                answer.set_result(self._proposer.propose(request))
+            except ProposerError as none:
+                answer.set_result(none)
+            except BaseException as defect:
+                answer.set_exception(defect)
+
+        threading.Thread(target=propose, daemon=True).start()
+        return answer
 
     def _request(self, k: int) -> Request:
         number = self.counts.rounds * self.config.batch + k
@@ -253,34 +277,39 @@ class Loop:
     def _members(self) -> list[Member]:
         return [Member(c.score.loss, c.score.losses, len(c.genome.body)) for c in self.candidates]
 
-    def _take(self, found: Sequence[tuple[Request, Proposal]]) -> None:
-        """Evaluate what is valid and new, and tell everyone."""
-        fresh: list[tuple[Request, Proposal, Genome]] = []
-        for request, proposal in found:
-            self.counts.proposed += 1
-            self.counts.tokens += proposal.tokens
-            self.counts.cost += proposal.cost
-            error = proposal.error
-            if not error:
-                genome = read(proposal.source)
-                try:  # again: another answer of this round may do the same
-                    self._validator.known[behaviour(genome, self._validator.known)] = proposal.name
-                    fresh.append((request, proposal, genome))
-                    continue
-                except ValueError as same:
-                    self.counts.known += 1
-                    error = str(same)
-            elif error.startswith(SAME):
+    def _admit(self, request: Request, proposal: Proposal) -> None:
+        """Let what is valid and new wait to be trained with."""
+        self.counts.proposed += 1
+        self.counts.tokens += proposal.tokens
+        self.counts.cost += proposal.cost
+        error = proposal.error
+        if not error:
+            genome = read(proposal.source)
+            try:  # again: another answer of this round may do the same
+                self._validator.known[behaviour(genome, self._validator.known)] = proposal.name
+                self._waiting.append((request, proposal))
+                return
+            except ValueError as same:
                 self.counts.known += 1
-            else:
-                self.counts.invalid += 1
-            self._tell(request, proposal, None)
-            self.errors.append(
-                {"proposer": proposal.proposer, "name": proposal.name, "source": proposal.source, "error": error}
-            )
-        scores = self._judge.scores([objective(genome) for _, _, genome in fresh])
-        for (request, proposal, genome), score in zip(fresh, scores, strict=True):
-            number = len(self.candidates)
+                error = str(same)
+        elif error.startswith(SAME):
+            self.counts.known += 1
+        else:
+            self.counts.invalid += 1
+        self._tell(request, proposal, None)
+        self.errors.append(
+            {"proposer": proposal.proposer, "name": proposal.name, "source": proposal.source, "error": error}
+        )
+
+    def _scores(self) -> list[Score]:
+        """Of those that wait."""
+        return self._judge.scores([objective(read(proposal.source)) for _, proposal in self._waiting])
+
+    def _keep(self, scores: Sequence[Score]) -> None:
+        """Make candidates of those that waited, and tell everyone."""
+        waiting, self._waiting = self._waiting, []
+        for (request, proposal), score in zip(waiting, scores, strict=True):
+            number, genome = len(self.candidates), read(proposal.source)
             parents = tuple(int(elite.facts["number"]) for elite in request.parents)
             is_text = proposal.source == genome.text()
             source = python(genome) if is_text else proposal.source
@@ -321,6 +350,7 @@ class Loop:
             "candidates": candidates,
             "errors": self.errors,
             "requests": [request.to_json() for request in self._requests],
+            "waiting": [[request.to_json(), dataclasses.asdict(proposal)] for request, proposal in self._waiting],
             "known": [[*key, name] for key, name in self._validator.known.items()],
             "judge": self._judge.state(),
             "islands": self._islands.state(),
@@ -332,6 +362,7 @@ class Loop:
         self.counts, self.errors = LoopCounts(**state["counts"]), state["errors"]
         self.candidates = [_candidate(data) for data in state["candidates"]]
         self._requests = [Request.from_json(request) for request in state["requests"]]
+        self._waiting = [(Request.from_json(request), Proposal(**told)) for request, told in state["waiting"]]
         self._validator.known.update({(first, second): name for first, second, name in state["known"]})
         self._judge.restore(state["judge"])
         self._islands.restore(state["islands"])

@@ -1,0 +1,207 @@
+"""Losses are asked for while others are trained with; what kills and Ctrl-C leave of such a search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaopt.objective import Objective
+from metaopt.search import Archive, Charge, Ledger, Proposal, Request
+from metaopt_symbolic.losses.candidate import LossValidator
+from metaopt_symbolic.losses.judge import Judge, Score
+from metaopt_symbolic.losses.loop import Loop, LoopConfig
+from metaopt_symbolic.losses.mutator import Mutator
+
+
+class Quick(Judge):
+    """Its score of a loss is its value for rho = 1, so that it takes no time."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def scores(self, objectives: Sequence[Objective]) -> list[Score]:
+        losses = [float(objective({"rho": torch.ones(1)})) for objective in objectives]
+        return [Score(loss, -1, {"t": loss}, loss, loss, 1.0, 0.1) for loss in losses]
+
+
+class Paid:
+    """A proposer whose answers are in a ledger, and depend on all that a request says."""
+
+    name = "paid"
+
+    def __init__(self, validate: LossValidator, directory: Path) -> None:
+        self._ledger, self._lock = Ledger(directory / "ledger.jsonl"), threading.Lock()
+
+    def propose(self, request: Request) -> Proposal:
+        key = hashlib.sha256(json.dumps(request.to_json()).encode()).hexdigest()
+        with self._lock:  # calls that are under way at a kill are another test's
+            if self._ledger.reply(key) is None:
+                call = self._ledger.ask(key, {}, Charge(calls=1))
+                self._ledger.answered(call, {"shift": int(key[:4], 16) / 20000}, Charge(calls=1))
+            reply = self._ledger.reply(key)
+        assert reply is not None
+        source = f"def loss(rho, beta):\n    return F.softplus({reply['shift']} - beta * rho)"
+        return Proposal(source, f"p_{key[:6]}", "", self.name)
+
+    def close(self) -> int:
+        """Calls that were paid."""
+        with self._lock:
+            self._ledger.close()
+            return self._ledger.spent.calls
+
+
+def mutator(validate: LossValidator, directory: Path) -> Mutator:
+    return Mutator(validate)
+
+
+Making = Callable[[LossValidator, Path], Any]
+
+
+@contextmanager
+def searching(directory: Path, make: Making, judge: Judge | None = None, batch: int = 3) -> Iterator[Loop]:
+    directory.mkdir(exist_ok=True)
+    validator, judge = LossValidator(), judge or Quick()
+    proposer = make(validator, directory)
+    config = LoopConfig("Learn.", (proposer.name,), [], batch=batch, islands={"count": 2})
+    try:
+        yield Loop(config, judge, proposer, validator, directory)
+    finally:
+        if isinstance(proposer, Paid):
+            proposer.close()
+
+
+def shown(loop: Loop) -> list[tuple[Any, ...]]:
+    return [(c.name, c.source, c.parents, c.proposal, c.score.loss, c.round) for c in loop.candidates]
+
+
+def test_candidates_are_asked_for_while_others_are_trained_with(tmp_path: Path) -> None:
+    """Each waits for the other: if one came after the other, both would wait for ever."""
+    meeting = threading.Barrier(2, timeout=20)
+
+    class Meets(Quick):
+        scored = -1  # batches of candidates; the start is no such
+
+        def scores(self, objectives: Sequence[Objective]) -> list[Score]:
+            if objectives:
+                self.scored += 1
+            if objectives and 0 < self.scored < 4:
+                meeting.wait()
+            return super().scores(objectives)
+
+    class MeetsToo(Mutator):
+        def propose(self, request: Request) -> Proposal:
+            if request.number > 0:
+                meeting.wait()
+            return super().propose(request)
+
+    with searching(tmp_path, lambda validate, _: MeetsToo(validate), Meets(), batch=1) as loop:
+        loop.run(evaluations=4)
+    assert (loop.counts.evaluated, loop.counts.rounds) == (4, 4)
+    assert [c.round for c in loop.candidates if c.proposal] == [1, 2, 3, 4]
+
+
+class Killed(BaseException):
+    """In place of a signal."""
+
+
+def dies(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> None:
+    """The process ends when ``owner.name`` is called for the ``call``-th time from now on."""
+    calls, before = 0, getattr(owner, name)
+
+    def replaced(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return before(*given)
+
+    monkeypatch.setattr(owner, name, replaced)
+
+
+POINTS = [(Quick, "scores", 3), (Archive, "add", 8), (Loop, "_save", 3), (Loop, "_admit", 5), (Loop, "_keep", 2)]
+
+
+@pytest.mark.parametrize("make", [Paid, mutator])
+def test_a_search_killed_anywhere_is_the_same_and_pays_once(
+    make: Making, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with searching(tmp_path / "whole", make) as whole:
+        whole.run(evaluations=9)
+    assert whole.counts.evaluated == 9
+    for owner, name, call in POINTS:
+        directory = tmp_path / f"{name}{call}"
+        with monkeypatch.context() as patched:
+            dies(patched, owner, name, call)
+            with pytest.raises(Killed), searching(directory, make) as killed:
+                killed.run(evaluations=9)
+        with searching(directory, make) as again:
+            again.run(evaluations=9)
+        assert shown(again) == shown(whole), (name, call)
+        kept = [(e.digest, e.generation, e.score) for e in again.archive.elites()]
+        assert kept == [(e.digest, e.generation, e.score) for e in whole.archive.elites()]
+        if make is Paid:
+            assert Paid(LossValidator(), directory).close() == Paid(LossValidator(), tmp_path / "whole").close()
+
+
+def test_ctrl_c_ends_a_search_where_all_of_it_is_saved(tmp_path: Path) -> None:
+    class Interrupts(Paid):
+        def propose(self, request: Request) -> Proposal:
+            if request.number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().propose(request)
+
+    with searching(tmp_path / "whole", Paid) as whole:
+        whole.run(evaluations=9)
+    with searching(tmp_path / "x", Interrupts) as loop, pytest.raises(KeyboardInterrupt):
+        loop.run(evaluations=9)
+    assert (loop.counts.rounds, loop.counts.proposed, loop.counts.evaluated) == (2, 6, 3)
+    with searching(tmp_path / "x", Paid) as again:
+        assert again.counts.proposed == 6
+        again.run(evaluations=9)
+    assert shown(again) == shown(whole)
+
+
+def test_a_second_ctrl_c_waits_for_no_server(tmp_path: Path) -> None:
+    silent, asked = threading.Event(), threading.Event()
+
+    class Silent(Mutator):
+        def propose(self, request: Request) -> Proposal:
+            asked.set()
+            silent.wait(60)
+            return super().propose(request)
+
+    def interrupt() -> None:
+        asked.wait(30)
+        for _ in range(2):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with searching(tmp_path, lambda validate, _: Silent(validate)) as loop:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(evaluations=3)
+        thread.join()
+        assert time.monotonic() - began < 20, "the server says nothing for 60 s"
+        silent.set()
+
+
+def test_what_a_proposer_gets_wrong_is_no_answer_of_a_server(tmp_path: Path) -> None:
+    class Broken(Mutator):
+        def propose(self, request: Request) -> Proposal:
+            raise ZeroDivisionError
+
+    with searching(tmp_path, lambda validate, _: Broken(validate)) as loop, pytest.raises(ZeroDivisionError):
+        loop.run(evaluations=3)
