@@ -64,8 +64,8 @@ CONFIG = OuterConfig(method="unroll", steps=120, rule="momentum", lr=0.05, check
     [
         CONFIG,
         dataclasses.replace(CONFIG, rule="nesterov", method="replay"),
-        dataclasses.replace(CONFIG, method="cg", start="warm"),
-        dataclasses.replace(CONFIG, method="cg", tolerance=0.5, tolerance_decay=0.85),
+        dataclasses.replace(CONFIG, method="cg", method_options={"iterations": 3}, start="warm"),
+        dataclasses.replace(CONFIG, method="cg", method_options={"iterations": 3}, tolerance=0.5, tolerance_decay=0.85),
     ],
     ids=["unroll", "replay", "warm", "tolerance"],
 )

@@ -51,9 +51,15 @@ def bilevel(
     if not isinstance(made, BilevelProblem):
         raise ValueError(f"{problem} gives a {type(made).__name__}, not a metaopt.tune.problem.BilevelProblem")
     config = OuterConfig(
-        method, parse_settings(set_method or []), outer_steps or made.outer_steps, rule, lr or made.outer_lr, start=start,
-        tolerance=tolerance, seed=seed,
-    )  # fmt: skip
+        method,
+        parse_settings(set_method or []),
+        made.outer_steps if outer_steps is None else outer_steps,
+        rule,
+        made.outer_lr if lr is None else lr,
+        start=start,
+        tolerance=tolerance,
+        seed=seed,
+    )
     console = Console(stderr=True)
     if (out / CHECKPOINT_FILE).exists():
         console.print(f"going on with what {out} holds")

@@ -12,7 +12,7 @@ PROBLEMS = (
         ("data",), "Franceschi et al., 2017, https://arxiv.org/abs/1703.01785",
     ),
     Spec(
-        "sample_selection", f"{_PLACE}.cleaning:SampleSelection", "the tenth of the examples that is best to train on",
+        "sample_selection", f"{_PLACE}.cleaning:SampleSelection", "the fifth of the examples that is best to train on",
         ("data",),
     ),
     Spec(
