@@ -110,6 +110,13 @@ class Archive:
         attributes = {k: v for k, v in dataclasses.asdict(elite).items() if k != "score"}
         self._study.add_trial(create_trial(value=elite.score, user_attrs=attributes))
 
+    def best_of_others(self, worker: int) -> list[Elite]:
+        """The best elite of every worker but ``worker``, the best first."""
+        bests: dict[int, Elite] = {}
+        for elite in self.elites():
+            bests.setdefault(elite.worker, elite)
+        return [elite for elite in bests.values() if elite.worker != worker]
+
     def elites(self) -> list[Elite]:
         """All that are kept, by every worker, the best first; of equal scores the one found first."""
         found = [

@@ -38,7 +38,7 @@ INIT_THETA_FILE = "init_theta.safetensors"
 """With which the first run began, where that is of no run."""
 CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD = "champion.py", "champion.json", "funnel.json"
 """What ``metaopt simplify`` leaves in the directory of a search, beside the ``report.json`` of each worker."""
-LOSS_SEARCH_FILE, LOSS_REPORT, LOSS_COMPARISON = "loop.json", "report.json", "comparison.json"
+LOSS_SEARCH_FILE, LOSS_REPORT, LOSS_COMPARISON = "worker-0.json", "report.json", "comparison.json"
 """What ``metaopt discover loss`` and ``metaopt discover compare`` leave in their directory."""
 LOSS_PICTURES = ("comparison.png", "curves.png")
 LOSS_TASK = "preference_noisy_slic_linear"

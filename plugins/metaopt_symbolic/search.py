@@ -370,11 +370,8 @@ class Search:
 
     def _migrate(self) -> None:
         """Take in the best elite of every other worker that is better than ours."""
-        bests: dict[int, Elite] = {}
-        for elite in self.archive.elites():
-            bests.setdefault(elite.worker, elite)
-        for elite in bests.values():
-            if elite.worker != self.worker and elite.digest not in self._welcomed and -elite.score > self._own_best:
+        for elite in self.archive.best_of_others(self.worker):
+            if elite.digest not in self._welcomed and -elite.score > self._own_best:
                 self._searcher.welcome(parse(elite.text), -elite.score)
                 self._welcomed.add(elite.digest)
 

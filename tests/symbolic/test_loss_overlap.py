@@ -20,8 +20,9 @@ from metaopt.objective import Objective
 from metaopt.search import Archive, Charge, Ledger, Proposal, Request
 from metaopt_symbolic.losses.candidate import LossValidator
 from metaopt_symbolic.losses.judge import Judge, Score
-from metaopt_symbolic.losses.loop import Loop, LoopConfig
+from metaopt_symbolic.losses.loop import STUDY, Loop, LoopConfig, load, workers
 from metaopt_symbolic.losses.mutator import Mutator
+from metaopt_symbolic.losses.proposers import ledger_file
 
 
 class Quick(Judge):
@@ -40,8 +41,8 @@ class Paid:
 
     name = "paid"
 
-    def __init__(self, validate: LossValidator, directory: Path) -> None:
-        self._ledger, self._lock = Ledger(directory / "ledger.jsonl"), threading.Lock()
+    def __init__(self, validate: LossValidator, directory: Path, worker: int = 0) -> None:
+        self._ledger, self._lock = Ledger(ledger_file(directory, worker)), threading.Lock()
 
     def propose(self, request: Request) -> Proposal:
         key = hashlib.sha256(json.dumps(request.to_json()).encode()).hexdigest()
@@ -61,21 +62,23 @@ class Paid:
             return self._ledger.spent.calls
 
 
-def mutator(validate: LossValidator, directory: Path) -> Mutator:
+def mutator(validate: LossValidator, directory: Path, worker: int) -> Mutator:
     return Mutator(validate)
 
 
-Making = Callable[[LossValidator, Path], Any]
+Making = Callable[[LossValidator, Path, int], Any]
 
 
 @contextmanager
-def searching(directory: Path, make: Making, judge: Judge | None = None, batch: int = 3) -> Iterator[Loop]:
+def searching(
+    directory: Path, make: Making, judge: Judge | None = None, batch: int = 3, worker: int = 0
+) -> Iterator[Loop]:
     directory.mkdir(exist_ok=True)
     validator, judge = LossValidator(), judge or Quick()
-    proposer = make(validator, directory)
-    config = LoopConfig("Learn.", (proposer.name,), [], batch=batch, islands={"count": 2})
+    proposer = make(validator, directory, worker)
+    config = LoopConfig("Learn.", (proposer.name,), [], batch=batch, islands={"count": 2}, migrate_every=2)
     try:
-        yield Loop(config, judge, proposer, validator, directory)
+        yield Loop(config, judge, proposer, validator, directory, worker=worker)
     finally:
         if isinstance(proposer, Paid):
             proposer.close()
@@ -105,7 +108,7 @@ def test_candidates_are_asked_for_while_others_are_trained_with(tmp_path: Path) 
                 meeting.wait()
             return super().propose(request)
 
-    with searching(tmp_path, lambda validate, _: MeetsToo(validate), Meets(), batch=1) as loop:
+    with searching(tmp_path, lambda validate, *_: MeetsToo(validate), Meets(), batch=1) as loop:
         loop.run(evaluations=4)
     assert (loop.counts.evaluated, loop.counts.rounds) == (4, 4)
     assert [c.round for c in loop.candidates if c.proposal] == [1, 2, 3, 4]
@@ -187,7 +190,7 @@ def test_a_second_ctrl_c_waits_for_no_server(tmp_path: Path) -> None:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with searching(tmp_path, lambda validate, _: Silent(validate)) as loop:
+    with searching(tmp_path, lambda validate, *_: Silent(validate)) as loop:
         thread = threading.Thread(target=interrupt)
         thread.start()
         began = time.monotonic()
@@ -203,5 +206,51 @@ def test_what_a_proposer_gets_wrong_is_no_answer_of_a_server(tmp_path: Path) -> 
         def propose(self, request: Request) -> Proposal:
             raise ZeroDivisionError
 
-    with searching(tmp_path, lambda validate, _: Broken(validate)) as loop, pytest.raises(ZeroDivisionError):
+    with searching(tmp_path, lambda validate, *_: Broken(validate)) as loop, pytest.raises(ZeroDivisionError):
         loop.run(evaluations=3)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def test_workers_take_in_each_others_best(tmp_path: Path) -> None:
+    with searching(tmp_path, mutator) as first:
+        first.run(evaluations=9)
+    with searching(tmp_path, mutator, worker=1) as second:
+        assert second.best.score.loss > first.best.score.loss, "the start is not as good"
+        second.run(evaluations=3)
+    guests = [c for c in second.candidates if c.proposal and c.proposal.proposer == "worker 0"]
+    assert [c.digest for c in guests] == [first.best.digest]
+    assert second.counts.evaluated == 3, "guests cost nothing"
+    with searching(tmp_path, mutator, worker=1) as again:
+        assert shown(again) == shown(second)
+        again.run(evaluations=12)
+    number = guests[0].number
+    assert any(number in c.parents for c in again.candidates), "they have children"
+    assert {e.worker for e in Archive(tmp_path, STUDY, None).elites()} == {0, 1}
+    assert workers(tmp_path) == [0, 1]
+    assert [c.digest for c in load(tmp_path, 1)] == [c.digest for c in again.candidates]
+
+
+def test_workers_at_once_ask_different_things_and_pay_themselves(tmp_path: Path) -> None:
+    def work(worker: int) -> None:
+        with searching(tmp_path, Paid, worker=worker) as loop:
+            loop.run(evaluations=9)
+            counts[worker] = loop.counts.proposed
+
+    counts: dict[int, int] = {}
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    candidates = [load(tmp_path, worker) for worker in (0, 1)]
+    own = [{c.name for c in each if c.proposal and c.proposal.proposer == "paid"} for each in candidates]
+    assert [len(names) for names in own] == [9, 9]
+    assert not own[0] & own[1], "names are of requests"
+    assert [Paid(LossValidator(), tmp_path, worker).close() for worker in (0, 1)] == [counts[0], counts[1]]
+    archived = Archive(tmp_path, STUDY, None).elites()
+    for worker in (0, 1):
+        assert {e.facts["name"] for e in archived if e.worker == worker} >= own[worker]
+    bests = [min(c.score.loss for c in each) for each in candidates]
+    assert min(bests) == min(e.score for e in archived)

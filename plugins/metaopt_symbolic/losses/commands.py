@@ -32,6 +32,7 @@ def loss(
     money: Annotated[
         float | None, typer.Option(help="What these may cost, by --set price_input and price_output.", min=0)
     ] = None,
+    worker: Annotated[int, typer.Option(help="Number of this process among those that share a search.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Proposals that are asked for at the same time.", min=1)] = 16,
     storage: Annotated[
         str | None, typer.Option(help="URL of an Optuna storage for the archive; default: a journal file in OUT.")
@@ -41,7 +42,8 @@ def loss(
 ) -> None:
     """Search for a loss, as DiscoPOP was found; running the same command again goes on, and pays for nothing twice.
 
-    --set gives options of the language models, such as model=NAME.
+    --set gives options of the language models, such as model=NAME. Several processes share one search: start each with its own
+    --worker and the same other options.
 
     Example: [bold]metaopt discover loss --proposer mutator --budget 200 --out runs/losses[/bold]
     """
@@ -63,8 +65,8 @@ def loss(
     console = Console(stderr=True)
     config = LoopConfig(GOAL, names, judge.describe(), batch=batch, seed=seed)
     options = parse_settings(settings)
-    with proposing(names, validator, out, options=options, calls=calls, money=money, seed=seed) as asked:
-        loop = Loop(config, judge, asked, validator, out, storage)
+    with proposing(names, validator, out, options=options, calls=calls, money=money, seed=seed, worker=worker) as asked:
+        loop = Loop(config, judge, asked, validator, out, storage, worker)
         try:
             with watched(console, lambda: report.table(loop, spent.children), lambda: report.line(loop)) as show:
                 loop.run(evaluations=spent.children, seconds=spent.seconds, on_round=lambda _: show())
@@ -95,18 +97,20 @@ def show(
 
     from metaopt.files import write_atomic
     from metaopt_symbolic.losses import report
-    from metaopt_symbolic.losses.loop import load
+    from metaopt_symbolic.losses.loop import load, workers
 
-    candidates = load(directory)
+    searched = [
+        (c, candidates) for k in workers(directory) or [0] for candidates in [load(directory, k)] for c in candidates
+    ]
     if candidate == "best":
-        found = [min(candidates, key=lambda c: c.score.loss)]
+        found = [min(searched, key=lambda pair: pair[0].score.loss)]
     else:
-        found = [c for c in candidates if candidate == c.name or c.digest.startswith(candidate)]
+        found = [pair for pair in searched if candidate == pair[0].name or pair[0].digest.startswith(candidate)]
     if not found:
         raise ValueError(
             f"there is no candidate {candidate!r} in {directory}; best is one, and report.json has their names"
         )
-    shown = found[0]
+    shown, candidates = found[0]
     console = Console()
     for text in [*report.described(shown), "", *report.lineage(shown, candidates)]:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

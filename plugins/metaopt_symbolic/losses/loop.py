@@ -3,9 +3,9 @@
 The candidates of a round are asked for while those of the round before are trained with, so that nobody waits for a server
 that thinks: what proposers see is two rounds old.
 
-A search lives in a directory: ``loop.json`` is what it goes on from, ``study.log`` the archive. Requests are written down
-before they are made, with the candidates that wait to be trained with. So a search that is killed asks the same again, gets
-from the ledger of its proposers what it has paid for, and comes to the same champion.
+A search lives in a directory: ``worker-K.json`` is what worker K goes on from, ``study.log`` the archive, which workers share.
+Requests are written down before they are made, with the candidates that wait to be trained with. So a search that is killed
+asks the same again, gets from the ledger of its proposers what it has paid for, and comes to the same champion.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from metaopt_symbolic.losses.islands import Islands, Member
 from metaopt_symbolic.losses.judge import Judge, Score, Stage
 
 STUDY = "discover-loss"
-FILE = "loop.json"
+REQUESTS = 1_000_000
+"""More than one worker makes: by its number, no request is like one of another worker."""
 NOTES = 5
 """How many of the latest errors proposers see."""
 
@@ -50,6 +52,7 @@ class LoopConfig:
         parents, examples: how many candidates of an island, and of all, a proposer is shown.
         longest: statements of a candidate.
         islands: options of `Islands`.
+        migrate_every: rounds after which a worker takes in the best of the others.
         seed: of everything random.
     """
 
@@ -62,6 +65,7 @@ class LoopConfig:
     examples: int = 6
     longest: int = 20
     islands: Mapping[str, Any] = field(default_factory=dict)
+    migrate_every: int = 4
     seed: int = 0
 
 
@@ -122,7 +126,7 @@ class Candidate:
         """Of the program."""
         return self.genome.digest
 
-    def elite(self) -> Elite:
+    def elite(self, worker: int) -> Elite:
         """As archives and proposers have it; ``text`` is what a reader wants to see."""
         facts: dict[str, Any] = {
             "name": self.name, "program": self.genome.text(), "stage": self.score.stage, "scale": self.score.scale,
@@ -134,7 +138,9 @@ class Candidate:
             told = dataclasses.asdict(self.proposal)
             facts |= {key: told[key] for key in ("proposer", "model", "thought", "tokens", "cost")}
         parents = tuple(str(number) for number in self.parents)
-        return Elite(self.digest, self.source, self.score.loss, dict(self.score.losses), 0, self.round, parents, facts)
+        return Elite(
+            self.digest, self.source, self.score.loss, dict(self.score.losses), worker, self.round, parents, facts
+        )
 
 
 class Loop:
@@ -147,6 +153,7 @@ class Loop:
         validator: the one that proposers validate with.
         directory: of its files.
         storage: URL of an Optuna storage for the archive; by default a journal file in ``directory``.
+        worker: number of this process among those that share the archive.
 
     Attributes:
         counts: what was done.
@@ -165,16 +172,17 @@ class Loop:
         validator: LossValidator,
         directory: Path | str,
         storage: str | None = None,
+        worker: int = 0,
     ) -> None:
-        self.config, self.directory = config, Path(directory)
+        self.config, self.directory, self.worker = config, Path(directory), worker
         self.archive = Archive(self.directory, STUDY, dataclasses.asdict(config), storage)
         self.counts, self.candidates, self.errors = LoopCounts(), list[Candidate](), list[dict[str, str]]()
         self._judge, self._proposer, self._validator = judge, proposer, validator
         self._islands = Islands(**config.islands)
         self._requests: list[Request] = []
         self._waiting: list[tuple[Request, Proposal]] = []
-        if (self.directory / FILE).is_file():
-            self._restore(json.loads((self.directory / FILE).read_text()))
+        if self._file.is_file():
+            self._restore(json.loads(self._file.read_text()))
         else:
             self._begin()
 
@@ -220,6 +228,7 @@ class Loop:
                 on_round(self)
             if not interrupted:
                 self._keep(self._scores())
+                self._migrate()  # so that who ends last selects among the best of all
                 self.counts.seconds = before + time.monotonic() - began
         self._save()
         if interrupted:
@@ -229,6 +238,8 @@ class Loop:
     def _round(self, count: int) -> None:
         """Ask for ``count`` candidates, unless others were asked for before a kill, while those that wait are trained with."""
         if not self._requests:
+            if self.counts.rounds % self.config.migrate_every == 0:
+                self._migrate()
             self._requests = [self._request(k) for k in range(count)]
         self._save()
         asked = [self._ask(request) for request in self._requests]
@@ -261,14 +272,14 @@ class Loop:
         return answer
 
     def _request(self, k: int) -> Request:
-        number = self.counts.rounds * self.config.batch + k
+        number = self.worker * REQUESTS + self.counts.rounds * self.config.batch + k
         rng = np.random.default_rng([self.config.seed, number])
         parents = self._islands.parents(number % len(self._islands), self.config.parents, self._members(), rng)
         request = Request(
             number,
             self.config.goal,
-            tuple(candidate.elite() for candidate in self.ranked()[: self.config.examples]),
-            tuple(self.candidates[parent].elite() for parent in parents),
+            tuple(candidate.elite(self.worker) for candidate in self.ranked()[: self.config.examples]),
+            tuple(self.candidates[parent].elite(self.worker) for parent in parents),
             tuple(f"{error['name']}: {error['error']}" for error in self.errors[-NOTES:]),
             self.config.longest,
         )
@@ -320,8 +331,20 @@ class Loop:
             is_full = score.stage == len(self._judge.stages) - 1
             self.counts.full += is_full
             if is_full or not is_text:  # of thousands of mutants, those that were worth training
-                self.archive.add(made.elite())
+                self.archive.add(made.elite(self.worker))
             self._tell(request, proposal, score.loss)
+
+    def _migrate(self) -> None:
+        """Take in the best of every other worker that is better than ours."""
+        own = self.best.score.loss
+        for elite in self.archive.best_of_others(self.worker):
+            guest = _guest(elite, len(self.candidates), self.counts.rounds)
+            if elite.score >= own or any(guest.digest == c.digest for c in self.candidates):
+                continue
+            self.candidates.append(guest)
+            self._islands.add(guest.number, guest.number % len(self._islands), self._members())
+            with suppress(ValueError):  # ours does the same
+                self._validator.known[behaviour(guest.genome, self._validator.known)] = guest.name
 
     def _tell(self, request: Request, proposal: Proposal, score: float | None) -> None:
         if isinstance(self._proposer, Mixture):
@@ -337,8 +360,12 @@ class Loop:
         for number, ((name, genome), score) in enumerate(zip(genomes.items(), scores, strict=True)):
             self.candidates.append(Candidate(number, name, python(genome), genome, score))
             self._islands.add(number, None, self._members())
-            self.archive.add(self.candidates[-1].elite())
+            self.archive.add(self.candidates[-1].elite(self.worker))
         self._save()
+
+    @property
+    def _file(self) -> Path:
+        return state_file(self.directory, self.worker)
 
     def _save(self) -> None:
         candidates = [
@@ -356,7 +383,7 @@ class Loop:
             "islands": self._islands.state(),
             "bandit": self._proposer.bandit.state() if isinstance(self._proposer, Mixture) else None,
         }
-        write_atomic(self.directory / FILE, json.dumps(facts) + "\n")
+        write_atomic(self._file, json.dumps(facts) + "\n")
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.counts, self.errors = LoopCounts(**state["counts"]), state["errors"]
@@ -378,13 +405,32 @@ def _candidate(data: Mapping[str, Any]) -> Candidate:
     )  # fmt: skip
 
 
-def load(directory: Path) -> list[Candidate]:
-    """The candidates of the search in ``directory``, by number.
+def _guest(elite: Elite, number: int, round_: int) -> Candidate:
+    """The candidate of another worker, as one of ours without parents."""
+    facts = elite.facts
+    low, high = facts.get("interval", (math.nan, math.nan))
+    score = Score(elite.score, facts["stage"], elite.scores, low, high, facts["scale"], facts["rate"])
+    told = Proposal(elite.text, facts["name"], facts.get("thought", ""), f"worker {elite.worker}")
+    return Candidate(number, told.name, told.source, parse(facts["program"]), score, (), told, round_)
+
+
+def state_file(directory: Path, worker: int) -> Path:
+    """What worker ``worker`` of the search in ``directory`` goes on from."""
+    return directory / f"worker-{worker}.json"
+
+
+def workers(directory: Path) -> list[int]:
+    """Numbers of those that searched in ``directory``."""
+    return sorted(int(file.stem.removeprefix("worker-")) for file in directory.glob("worker-*.json"))
+
+
+def load(directory: Path, worker: int = 0) -> list[Candidate]:
+    """The candidates of a worker of the search in ``directory``, by number.
 
     Raises:
         ValueError: there is none.
     """
-    file = directory / FILE
+    file = state_file(directory, worker)
     if not file.is_file():
         raise ValueError(
             f"{directory} holds no search for losses; make one with metaopt discover loss --out {directory}"

@@ -11,7 +11,10 @@ from metaopt import registry
 from metaopt.search import Bandit, Budget, Ledger, Mixture, Proposer
 from metaopt_symbolic.losses.candidate import LossValidator
 
-LEDGER = "ledger.jsonl"
+
+def ledger_file(directory: Path, worker: int) -> Path:
+    """Where the calls of a worker's language models are written down."""
+    return directory / f"ledger-{worker}.jsonl"
 
 
 @contextmanager
@@ -24,17 +27,19 @@ def proposing(
     calls: int | None = None,
     money: float | None = None,
     seed: int = 0,
+    worker: int = 0,
 ) -> Iterator[Proposer]:
     """One proposer, or a mixture of several; in use until the context ends.
 
     Args:
         names: registered proposers with the tag ``loss`` or ``llm``.
         validator: what they validate with.
-        directory: of the search; calls of language models are in its `LEDGER`.
+        directory: of the search; calls of language models are in its `ledger_file`.
         options: of the language models.
         calls: that they may make; None: any number.
         money: that these may cost, by the prices in ``options``.
         seed: of proposers that draw, and of the mixture.
+        worker: number of this process among those that share the search; each has a ledger, and limits, of its own.
 
     Raises:
         ValueError: a proposer of something else, a name given twice, or options that no language model takes.
@@ -50,7 +55,7 @@ def proposing(
     models = [name for name in names if "llm" in tags[name]]
     if not models and (options or calls is not None or money is not None):
         raise ValueError("options, calls and money are of language models; name one of them, or leave these out")
-    path = directory / LEDGER if models else None
+    path = ledger_file(directory, worker) if models else None
     with closing(Ledger(path, Budget(calls=calls, money=money))) as ledger:
         asked = {"language": "preference_loss", "ledger": ledger, **options}
         found: list[Proposer] = [

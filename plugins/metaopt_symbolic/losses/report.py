@@ -25,7 +25,7 @@ SHOWN = 30.0
 def table(loop: Loop, evaluations: int | None = None) -> Table:
     """The state of a search."""
     c, best = loop.counts, loop.best
-    made = Table(title=f"losses in {loop.directory}", show_header=False)
+    made = Table(title=f"worker {loop.worker} of {loop.directory}", show_header=False)
     made.add_column()
     made.add_column(justify="right")
     starts = [candidate for candidate in loop.candidates if candidate.proposal is None]
@@ -73,6 +73,7 @@ def save(loop: Loop, selected: Selected) -> list[Path]:
     winner = selected.candidate
     facts = {
         "config": dataclasses.asdict(loop.config),
+        "worker": loop.worker,
         "counts": dataclasses.asdict(loop.counts),
         "winner": {"name": winner.name, "digest": winner.digest, "source": winner.source,
                    "program": winner.genome.text(), "search": dataclasses.asdict(winner.score),
@@ -80,10 +81,11 @@ def save(loop: Loop, selected: Selected) -> list[Path]:
         "errors": loop.errors,
         "history": [[c.number, c.score.loss] for c in loop.candidates],
     }  # fmt: skip
+    suffix = f"-{loop.worker}" if loop.worker else ""
     return [
-        write_atomic(loop.directory / "champion.py", winner.source),
-        write_atomic(loop.directory / "report.json", json.dumps(facts, indent=1) + "\n"),
-        write_atomic(loop.directory / "search.png", _history(loop)),
+        write_atomic(loop.directory / f"champion{suffix}.py", winner.source),
+        write_atomic(loop.directory / f"report{suffix}.json", json.dumps(facts, indent=1) + "\n"),
+        write_atomic(loop.directory / f"search{suffix}.png", _history(loop)),
     ]
 
 
