@@ -93,7 +93,7 @@ def test_the_knee_is_where_errors_stop_to_fall() -> None:
 
 def test_a_loss_behind_its_slopes_is_found() -> None:
     made = objective("ipo", beta=0.2)  # (rho - 2.5)^2
-    front = search(target_of("ipo", beta=0.2), objectives.starts(made), Budget(children=300), functions="losses")
+    front = search(target_of("ipo", beta=0.2), objectives.starts(made), Budget(unique=300), functions="losses")
     assert front.best.error < FLOOR
 
 

@@ -9,6 +9,9 @@ import typer
 
 from metaopt.cli.commands.options import Seed, Settings, parse_settings
 
+MOST_KNOWN = 50
+"""Children per structure that is fitted, after which a search ends too."""
+
 
 def distill(
     target: Annotated[
@@ -20,8 +23,9 @@ def distill(
     ],
     out: Annotated[Path, typer.Option(help="Directory of what is written.")] = Path("runs/distilled"),
     budget: Annotated[
-        str, typer.Option(help="Children of the search (20000) or time (2m), for each piece of the formula.")
-    ] = "20000",
+        str,
+        typer.Option(help="Structures whose numbers are fitted (5000) or time (2m), for each piece of the formula."),
+    ] = "5000",
     tolerance: Annotated[
         float,
         typer.Option(help="Mean error that counts as none, in units of the target's mean size.", min=0.0001, max=1),
@@ -44,8 +48,12 @@ def distill(
     from metaopt_symbolic.search import Budget
 
     console = Console(stderr=True)
+    given = Budget.of(budget)
     found = resolve(target, seed, **parse_settings(settings))
-    result = distil(found, target, Budget.of(budget), tolerance=tolerance, tasks=tasks, seed=seed, console=console)
+    # children of known structures cost little, but a search may stand still
+    most = given.children and MOST_KNOWN * given.children
+    spent = Budget(seconds=given.seconds, children=most, unique=given.children)
+    result = distil(found, target, spent, tolerance=tolerance, tasks=tasks, seed=seed, console=console)
     written = result.save(out)
     console.print(result.verdict.text, highlight=False, soft_wrap=True)
     console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)

@@ -140,7 +140,8 @@ def _optimizer(
     recorded = optimizers.record(target, fitted, steps=STEPS, seed=seed)
     targets = {"updates": optimizers.OptimizerTarget(recorded)}
     fronts, chosen = _fitted(targets, optimizers.starts(), budget, tolerance, seed, console)
-    source = rule_source(chosen["updates"].genome, NAME, f"What {name} does, found by metaopt distill.")
+    genome = optimizers.with_rate(chosen["updates"].genome)
+    source = rule_source(genome, NAME, f"What {name} does, found by metaopt distill.")
     closed = _imported("optimizer", source)
     assert isinstance(closed, ElementwiseRule)
     verdict = verify_optimizer(target, closed, fitted, others, tolerance=tolerance, seed=seed)

@@ -41,15 +41,15 @@ BEST = 3
 QUICK, THOROUGH = 8, 100
 """Steps of least squares, in the search and after it."""
 
-BATCH, POPULATION, TOURNAMENT, PATIENCE = 100, 400, 5, 6000
+BATCH, POPULATION, TOURNAMENT, PATIENCE = 100, 400, 4, 4000
 WELCOME = 100
 """Of the search: children of a generation, members, and so on as of `Evolution`; the best starts that are members at first."""
 
 PARSIMONY = 0.03
 """Decades of error that a statement must gain."""
 
-MUTATION = {"splice": 0.5, "duplicate": 0.3}
-"""As of the searcher ``effective``, but for the numbers."""
+MUTATION = {"insert": 2.0, "splice": 0.9, "duplicate": 0.3}
+"""As of the searcher ``effective``, but for the numbers, and so that most children are new structures."""
 
 _FAR = 1e6
 """What a residual counts that is no number."""

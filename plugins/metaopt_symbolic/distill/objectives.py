@@ -132,16 +132,12 @@ class ObjectiveTarget:
         rows = torch.nonzero(piece.holds(drawn))[:count, 0]
         self._inputs = {name: x[rows] for name, x in drawn.items()}
         self._names, self._drift = differentiated(objective), objective.kind == "rl"
+        read = features(self._inputs) if self._drift else self._inputs
+        self.sizes: Mapping[str, float] = {name: float(x.square().mean().sqrt()) or 1.0 for name, x in read.items()}
         self.wanted: NDArray[np.float64] = slopes(objective, self._inputs).flatten().numpy()
         if not np.isfinite(self.wanted).all() or not self.wanted.any():
             what = "is no finite number somewhere" if self.wanted.any() else "is 0 everywhere"
             raise ValueError(f"the slope of {objective.label()} {what} for {piece.name}, so there is nothing to fit")
-
-    @property
-    def sizes(self) -> dict[str, float]:
-        """Root mean squares of what programs read."""
-        columns = features(self._inputs) if self._drift else self._inputs
-        return {name: float(x.square().mean().sqrt()) or 1.0 for name, x in columns.items()}
 
     def outputs(self, program: Program, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
         """The slopes of a program, of a drift those of what is above 0: see `Target.outputs`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from metaopt.rule import Context, ElementwiseRule, UpdateRule, flat_hp
 from metaopt.task import Task
 from metaopt.unroll import start
 from metaopt_symbolic.distill.fit import number_name
-from metaopt_symbolic.genome import SEEDS, Genome, parse
+from metaopt_symbolic.genome import SEEDS, Assign, Genome, parse
 from metaopt_symbolic.planted import updates_along
 
 ADAM = """\
@@ -157,3 +157,16 @@ def starts() -> list[Genome]:
     """Programs to start from, all with the same slots."""
     bodies = [parse(text).body for text in STARTS]
     return [Genome(("w", "g", *SLOTS), ("lr", "t"), ("update", *SLOTS), body) for body in bodies]
+
+
+def with_rate(genome: Genome) -> Genome:
+    """The same with a learning rate: recorded runs have one schedule, 1, so that a fit may do without ``lr``."""
+    if any("lr" in a.args for a in genome.body):
+        return genome
+    *before, last = genome.body
+    number = last.args[1] if last.function == "mul" and last.target == "update" else None
+    if isinstance(number, float):
+        rate, changed = Assign("rate", "mul", ("lr", number)), [*before, last._replace(args=(last.args[0], "rate"))]
+    else:
+        rate, changed = Assign("rate", "mul", ("lr", 1.0)), [*genome.body, Assign("update", "mul", ("update", "rate"))]
+    return replace(genome, body=(rate, *changed))
