@@ -23,7 +23,7 @@ class {name}(Objective):
     """{origin}"""
 
     kind: ClassVar[Kind] = "{kind}"
-    inputs: ClassVar[tuple[str, ...]] = ({inputs},)
+    inputs: ClassVar[tuple[str, ...]] = ({inputs})
 
     def loss(self, {arguments}) -> Any:
         """See the class."""
@@ -59,7 +59,7 @@ def objective_source(genome: Genome, kind: Kind, name: str, origin: str) -> str:
         .replace("\\", "/")
         .replace('"', "'"),
         imports=imports + "\n" * bool(imports),
-        inputs=", ".join(f'"{tensor}"' for tensor in genome.tensors),
+        inputs=", ".join(f'"{tensor}"' for tensor in genome.tensors) + "," * (len(genome.tensors) == 1),
         arguments=", ".join(f"{tensor}: Any" for tensor in genome.tensors),
         body=textwrap.indent(body, "    "),
     )

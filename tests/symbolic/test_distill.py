@@ -17,7 +17,18 @@ from metaopt.objective import Objective
 from metaopt.resolve import resolve_rule
 from metaopt.rule import ElementwiseRule
 from metaopt_symbolic.distill import objectives, optimizers
-from metaopt_symbolic.distill.fit import FLOOR, Fit, Front, error_of, polished, search, small_formulas, weighted
+from metaopt_symbolic.distill.fit import (
+    FLOOR,
+    Fit,
+    Front,
+    error_of,
+    polished,
+    rounded,
+    search,
+    shortened,
+    small_formulas,
+    weighted,
+)
 from metaopt_symbolic.distill.objectives import ObjectiveTarget, assembled, pieces, sample, slopes
 from metaopt_symbolic.distill.verify import Agreement, Check, Verdict, verify_objective, verify_optimizer
 from metaopt_symbolic.genome import Assign, Genome, parse
@@ -118,6 +129,46 @@ def test_formulas_of_both_signs_of_the_advantage_become_one_drift(tmp_path: Path
     # float64, sums in another order
     assert torch.allclose(closed(points), target(points), rtol=1e-12, atol=1e-12)
     assert verify_objective(target, closed, tolerance=0.001, seed=0).verified
+
+
+def fitted_drift_network() -> Objective:
+    """LPO's network, its last layer fitted to noisy values of the drift of discovered policy optimisation."""
+    network: Any = objective("learned_policy", hidden=256)
+    generator = torch.Generator().manual_seed(0)
+    ratio = torch.exp(2.4 * torch.rand(40000, generator=generator) - 1.2)
+    advantage = 8 * torch.rand(40000, generator=generator) - 4
+    u, v, one = 1 - ratio, ratio.log(), torch.ones_like(ratio)
+    good, bad = -u * advantage, v * advantage
+    drift = torch.where(advantage >= 0, good - 2 * torch.tanh(good / 2), bad - 0.6 * torch.tanh(bad / 0.6))
+    noisy = (drift + 0.01 * torch.randn(40000, generator=generator)).double()
+    features = torch.stack([f * a for f in (u, u * u, v, v * v) for a in (one, advantage)], -1)
+    units = torch.tanh(features @ network.first.T).double()
+    ridge = 0.01 * torch.eye(256, dtype=torch.float64)
+    network.last.copy_(torch.linalg.solve(units.T @ units + ridge, units.T @ noisy))
+    assert isinstance(network, Objective)
+    return network
+
+
+def test_the_network_of_lpo_becomes_the_formula_of_dpo(tmp_path: Path) -> None:
+    network = fitted_drift_network()
+    chosen = []
+    # small formulas of the right feature alone: the command looks through those of all five
+    for piece, feature in zip(pieces(network), ("ua", "va"), strict=True):
+        target = ObjectiveTarget(network, piece)
+        starts = [Genome(objectives.DRIFT_FEATURES, (), g.outputs, g.body) for g in small_formulas((feature,))]
+        front = search(target, starts, Budget(unique=1), functions="losses")
+        shortened(target, front)
+        chosen.append(rounded(target, front.knee, 0.002).genome)
+    assert [[a.function for a in genome.body if a.function == "tanh"] for genome in chosen] == [["tanh"], ["tanh"]]
+    path = tmp_path / "closed_form.py"
+    path.write_text(objective_source(assembled(network, chosen), "rl", "ClosedForm", "Found."))
+    closed = objective(f"{path}:ClosedForm")
+    verdict = verify_objective(network, closed, tolerance=0.03, seed=0)  # the network's own noise is 0.02
+    assert verdict.verified, verdict.text
+    points = sample(network, 500, seed=1)
+    hidden = slopes(objective("discovered_policy", alpha=2.0, beta=0.6), points)
+    # numbers of two digits
+    assert (slopes(closed, points) - hidden).abs().mean() < 0.02 * hidden.abs().mean()
 
 
 def test_another_formula_is_not_verified() -> None:
