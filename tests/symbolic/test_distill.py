@@ -14,6 +14,7 @@ from torch import Tensor
 from metaopt import registry
 from metaopt.cli import main
 from metaopt.objective import Objective
+from metaopt.program import evaluate
 from metaopt.resolve import resolve_rule
 from metaopt.rule import ElementwiseRule
 from metaopt_symbolic.distill import objectives, optimizers
@@ -215,6 +216,18 @@ def test_the_decay_of_a_hidden_momentum_is_found() -> None:
     fit = polished(target, momentum)
     assert fit.error < 1e-3  # of float32 parameters
     assert [a.args[2] for a in fit.genome.body if a.function == "interpolate"] == [pytest.approx(0.7, abs=1e-3)]
+
+
+def test_a_distilled_rule_has_a_learning_rate() -> None:
+    head = "def train(w, g, m, lr):\n    m = interpolate(g, m, 0.9)\n"
+    for last in ("update = mul(m, 0.02)", "m = mul(m, 0.02)\n    update = copy(m)"):
+        genome = optimizers.with_rate(parse(f"{head}    {last}\n    return update, m\n"))
+        w, g = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -4.0])
+        columns = {"param": w, "grad": g, "m": torch.zeros(2)}
+        after = {lr: evaluate(genome.program(), columns, {"lr": lr})[0] for lr in (1.0, 2.0)}
+        # 0.1 * 0.02 of the gradient
+        torch.testing.assert_close(w - after[1.0], 0.002 * g)
+        torch.testing.assert_close(w - after[2.0], 0.004 * g)
 
 
 def test_a_rule_is_verified_where_it_was_not_fitted_and_another_is_not() -> None:

@@ -65,19 +65,18 @@ def resolve(target: str, seed: int, **settings: Any) -> Objective | UpdateRule:
     """What a user may distil.
 
     Args:
-        target: a registered objective, a rule as `metaopt.resolve.resolve_rule` takes it, ``FILE.py:NAME`` of either, or a
-            registered learned optimizer, which then has fresh meta-parameters.
+        target: a registered objective, a rule as `metaopt.resolve.resolve_rule` takes it, ``FILE.py:NAME`` or
+            ``package.module:NAME`` of either, or a registered learned optimizer, which then has fresh meta-parameters.
         seed: of these.
         **settings: options of what is named.
 
     Raises:
         ValueError: neither.
     """
-    if target in registry.specs("objective"):
-        made: Any = registry.create("objective", target, **settings)
-    elif target in registry.specs("learned_optimizer") or (":" in target and ".py" in target):
-        kind = "learned_optimizer" if target in registry.specs("learned_optimizer") else "objective"
-        made = registry.create(kind, target, **settings)
+    learned = target in registry.specs("learned_optimizer")
+    is_reference = ":" in target and not target.startswith("zoo:")
+    if learned or is_reference or target in registry.specs("objective"):
+        made: Any = registry.create("learned_optimizer" if learned else "objective", target, **settings)
     else:
         made = resolve_rule(target, **settings)
     if isinstance(made, LearnedRule):
