@@ -231,11 +231,58 @@ DEMOS: Mapping[str, Callable[[int], dict[str, float]]] = {
 }  # fmt: skip
 
 
+ROWS = [
+    ("hyper_cleaning", "F1 of finding 300 wrong labels among 600", ("f1",)),
+    ("hyper_cleaning", "test accuracy, refitted: kept examples; all; clean only; oracle",
+     ("test_accuracy", "noisy", "clean_only", "oracle")),
+    ("scarce_cleaning", "the same with 50 + 50 clean examples in place of 100 + 100",
+     ("test_accuracy", "noisy", "clean_only", "oracle")),
+    ("layer_decay", "test loss below that of the best common decay: one for each tensor; for each weight",
+     ("layer_loss_below_scalar", "parameter_loss_below_scalar")),
+    ("augmentation", "test accuracy: learned distortions; above none by", ("accuracy", "accuracy_above_control")),
+    ("loss_weighting", "test accuracy, rare classes: learned weights and smoothing; above none by",
+     ("accuracy", "accuracy_above_control")),
+    ("sample_selection", "test accuracy: best fifth of the examples; a random fifth; all",
+     ("test_accuracy", "random", "all")),
+    ("distillation", "test accuracy: 10 learned images; 10 real ones; class means; 800 images",
+     ("test_accuracy", "real_images", "class_means", "all_images")),
+    ("quadratic_schedule", "excess loss over Chebyshev's steps, a ratio: learned; best constant",
+     ("excess_ratio", "constant_ratio")),
+    ("task_schedule", "test loss of a small language model: learned schedule; best cosine; difference",
+     ("learned", "cosine", "learned_below_cosine")),
+    ("maml", "sines from 5 points, squared error after 0, 1, 10 steps; pretrained on all, 1 step",
+     ("error_0", "error_1", "error_10", "pretrained_1")),
+    ("toy_cell", "rank of the found cell among 64", ("rank",)),
+    ("one_point", "error: warm start; fresh run on its hypers; bound of all cold starts",
+     ("warm", "warm_hypers_cold", "cold_bound")),
+    ("combined", "60 ridge penalties, test error: gradient inside search; TPE alone; best common penalty",
+     ("combined", "tpe", "shared_penalty")),
+]  # fmt: skip
+"""Of the page: demo, what is measured, numbers."""
+
+
+def table(results: dict[str, Any]) -> str:
+    """The page's table, of the demos that have results."""
+    lines = ["| demo | measured | seeds | interquartile mean [95 % interval] |", "|---|---|---|---|"]
+    for demo, what, names in ROWS:
+        if demo in results["demos"]:
+            rows = [results["demos"][demo]["summary"][name] for name in names]
+            lines.append(f"| `{demo}` | {what} | {rows[0]['seeds']} | {'; '.join(map(_with_interval, rows))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(e: Mapping[str, float]) -> str:
+    return f"{e['iqm']:.3g}" + (f" [{e['low']:.3g}, {e['high']:.3g}]" if "low" in e else "")
+
+
 def summary(rows: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Interquartile mean and 95 % interval of each number over the seeds."""
+    """Interquartile mean of each number over the seeds, and of several seeds its 95 % interval."""
     first = next(iter(rows.values()))
     found = {name: estimate([[row[name] for row in rows.values()]]) for name in first}
-    return {name: {"iqm": e.iqm, "low": e.low, "high": e.high, "seeds": e.count} for name, e in found.items()}
+    return {
+        name: {"iqm": e.iqm, "seeds": e.count} | ({"low": e.low, "high": e.high} if e.count > 1 else {})
+        for name, e in found.items()
+    }
 
 
 def main() -> None:
@@ -256,12 +303,12 @@ def main() -> None:
                 entry["runs"][str(seed)] = DEMOS[name](seed) | {"seconds": time.process_time() - began}
                 entry["summary"] = summary(entry["runs"])
                 write_atomic(args.out, json.dumps(results, indent=1) + "\n")
-        table = Table(title=f"{name}: {entry['what']}", title_justify="left")
-        for column in ("", "interquartile mean", "95 % interval", "seeds"):
-            table.add_column(column)
+        shown = Table(title=f"{name}: {entry['what']}", title_justify="left")
+        for column in ("", "interquartile mean [95 % interval]", "seeds"):
+            shown.add_column(column)
         for what, e in entry["summary"].items():
-            table.add_row(what, f"{e['iqm']:.4g}", f"{e['low']:.4g} to {e['high']:.4g}", str(e["seeds"]))
-        console.print(table)
+            shown.add_row(what, _with_interval(e), str(e["seeds"]))
+        console.print(shown)
 
 
 if __name__ == "__main__":
