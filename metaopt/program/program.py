@@ -172,8 +172,16 @@ def _literal(number: float) -> str:
 
 
 def _wide(value: Any) -> Any:
-    """Scalars are computed in float64: 1 - 0.999**t in float32 is wrong by 6e-5 at the first step."""
-    return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+    """Scalars are computed in float64: 1 - 0.999**t in float32 is wrong by 6e-5 at the first step.
+
+    A number that nothing records or transforms becomes Python's, with which the prelude is much quicker.
+    """
+    if not isinstance(value, Tensor):
+        return float(value)
+    plain = type(value) is Tensor and value.is_cpu and not value.dim() and not value.requires_grad
+    if plain and not torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return float(value)
+    return value.to(torch.float64)
 
 
 def evaluate(program: Program, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> list[Tensor]:

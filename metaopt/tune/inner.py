@@ -149,10 +149,16 @@ def _of_rule(
     whole: Callable[[Params, Hypers], Tensor] | None,
 ) -> Inner:
     values = _rule_hypers(rule, hp, steps)
+    facts = dict(info or {})
+
+    def facts_of(params: Params) -> Mapping[str, ParamInfo]:
+        if not facts:  # known when there are parameters; each step would find the same
+            facts.update(infer_info(params))
+        return facts
 
     def start(hypers: Hypers) -> State:
         params = initial(hypers)
-        return {"params": params, "rule": rule.init(params, info or infer_info(params)), "buffers": buffers()}
+        return {"params": params, "rule": rule.init(params, facts_of(params)), "buffers": buffers()}
 
     def evaluate(params: Params, state: State, hypers: Hypers, t: int) -> tuple[Tensor, Params, Params]:
         return value_and_gradients(lambda p: training_loss(p, state["buffers"], hypers, t), params)
@@ -160,7 +166,7 @@ def _of_rule(
     def updated(loss: Tensor | None, grads: Params, new_buffers: Params, state: State, hypers: Hypers, t: int) -> State:
         params = state["params"]
         ctx = Context(
-            info or infer_info(params),
+            facts_of(params),
             step=torch.tensor(t),
             loss=loss,
             horizon=steps,

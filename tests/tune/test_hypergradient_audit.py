@@ -17,7 +17,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "unroll": {},
     "checkpoint": {},
     "replay": {"states": 8, "branching": 3},
-    "forward": {},
+    "forward": {"chunk": 20},
     "truncated": {"window": 40},
     "cg": {"iterations": 10},
     "neumann": {"terms": 100},
