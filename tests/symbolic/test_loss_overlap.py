@@ -76,7 +76,9 @@ def searching(
     directory.mkdir(exist_ok=True)
     validator, judge = LossValidator(), judge or Quick()
     proposer = make(validator, directory, worker)
-    config = LoopConfig("Learn.", (proposer.name,), [], batch=batch, islands={"count": 2}, migrate_every=2)
+    config = LoopConfig(
+        "Learn.", (proposer.name,), [], batch=batch, ahead=make is not mutator, islands={"count": 2}, migrate_every=2
+    )
     try:
         yield Loop(config, judge, proposer, validator, directory, worker=worker)
     finally:
@@ -112,6 +114,19 @@ def test_candidates_are_asked_for_while_others_are_trained_with(tmp_path: Path) 
         loop.run(evaluations=4)
     assert (loop.counts.evaluated, loop.counts.rounds) == (4, 4)
     assert [c.round for c in loop.candidates if c.proposal] == [1, 2, 3, 4]
+
+
+def test_what_takes_no_time_is_asked_when_all_is_told(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Looks(Quick):
+        def scores(self, objectives: Sequence[Objective]) -> list[Score]:
+            seen.append((len(objectives), loop.counts.rounds if seen else 0))
+            return super().scores(objectives)
+
+    with searching(tmp_path, mutator, Looks()) as loop:
+        loop.run(evaluations=6)
+    assert [rounds for count, rounds in seen[1:] if count] == [1, 2]
 
 
 class Killed(BaseException):

@@ -224,7 +224,7 @@ def loop_in(
 ) -> Iterator[tuple[Loop, Any]]:
     validator = LossValidator()
     with proposing(names, validator, directory, options=options) as proposer:
-        config = LoopConfig("Learn.", tuple(names), judge.describe(), batch=4, islands={"count": 2})
+        config = LoopConfig("Learn.", tuple(names), judge.describe(), batch=4, ahead=True, islands={"count": 2})
         yield Loop(config, judge, proposer, validator, directory), proposer
 
 

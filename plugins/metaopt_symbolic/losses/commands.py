@@ -53,7 +53,7 @@ def loss(
     from metaopt_symbolic.losses.candidate import LossValidator
     from metaopt_symbolic.losses.judge import Judge, search_stages, selection_stage
     from metaopt_symbolic.losses.loop import Loop, LoopConfig, select
-    from metaopt_symbolic.losses.proposers import proposing
+    from metaopt_symbolic.losses.proposers import proposing, registered
     from metaopt_symbolic.report import watched
     from metaopt_symbolic.search import Budget
 
@@ -63,7 +63,8 @@ def loss(
     names = tuple(name.strip() for name in proposer.split(","))
     validator, judge = LossValidator(), Judge(search_stages())
     console = Console(stderr=True)
-    config = LoopConfig(GOAL, names, judge.describe(), batch=batch, seed=seed)
+    ahead = not {*names}.isdisjoint(registered("llm"))
+    config = LoopConfig(GOAL, names, judge.describe(), batch=batch, ahead=ahead, seed=seed)
     options = parse_settings(settings)
     with proposing(names, validator, out, options=options, calls=calls, money=money, seed=seed, worker=worker) as asked:
         loop = Loop(config, judge, asked, validator, out, storage, worker)

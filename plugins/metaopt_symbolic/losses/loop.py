@@ -1,8 +1,5 @@
 """The search loop: propose, validate, evaluate, archive, tell.
 
-The candidates of a round are asked for while those of the round before are trained with, so that nobody waits for a server
-that thinks: what proposers see is two rounds old.
-
 A search lives in a directory: ``worker-K.json`` is what worker K goes on from, ``study.log`` the archive, which workers share.
 Requests are written down before they are made, with the candidates that wait to be trained with. So a search that is killed
 asks the same again, gets from the ledger of its proposers what it has paid for, and comes to the same champion.
@@ -49,6 +46,8 @@ class LoopConfig:
         judge: `Judge.describe`.
         start: programs of the search language that every island begins with, by name.
         batch: requests of a round, answered at the same time and trained with together.
+        ahead: whether a round is asked for while the one before is trained with, so that nobody waits for a server that
+            thinks. What proposers see is then a round older.
         parents, examples: how many candidates of an island, and of all, a proposer is shown.
         longest: statements of a candidate.
         islands: options of `Islands`.
@@ -61,6 +60,7 @@ class LoopConfig:
     judge: Sequence[Mapping[str, Any]]
     start: Mapping[str, str] = field(default_factory=lambda: dict(LOSS_SEEDS))
     batch: int = 16
+    ahead: bool = False
     parents: int = 2
     examples: int = 6
     longest: int = 20
@@ -224,6 +224,8 @@ class Loop:
                 if left <= 0:
                     break
                 self._round(int(min(self.config.batch, left)))
+                if not self.config.ahead:
+                    self._keep(self._scores())
                 self.counts.seconds = before + time.monotonic() - began
                 on_round(self)
             if not interrupted:
