@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Ledger:
         self._replies: dict[str, Mapping[str, Any]] = {}
         self._under_way: dict[int, tuple[str, Charge]] = {}
         self._settled = Charge()
+        self._failures: Counter[str] = Counter()
         self._next = 0
         self._file = None
         if path is not None:
@@ -101,6 +103,12 @@ class Ledger:
     def replies(self) -> tuple[Mapping[str, Any], ...]:
         """All answers, in the order in which they came."""
         return tuple(self._replies.values())
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Calls without an answer, by kind of failure, the most frequent first."""
+        with self._lock:
+            return dict(self._failures.most_common())
 
     def reply(self, key: str) -> Mapping[str, Any] | None:
         """The answer that the request of this key had before."""
@@ -138,11 +146,12 @@ class Ledger:
             self._write({"answer": number, "charge": charge, "reply": reply})
             self._settle(number, charge, reply)
 
-    def failed(self, number: int, error: str, charge: Charge) -> None:
-        """Write down that call ``number`` had no answer, and what it may have cost."""
+    def failed(self, number: int, error: str, charge: Charge, kind: str) -> None:
+        """Write down that call ``number`` had no answer, what it may have cost, and the kind of failure, in a word or two."""
         with self._lock:
-            self._write({"fail": number, "charge": charge, "error": error})
+            self._write({"fail": number, "charge": charge, "error": error, "kind": kind})
             self._settle(number, charge, None)
+            self._failures[kind] += 1
 
     def close(self) -> None:
         """Let another process have the file."""
@@ -183,6 +192,7 @@ class Ledger:
                     self._settle(entry["answer"], Charge(**entry["charge"]), entry["reply"])
                 else:
                     self._settle(entry["fail"], Charge(**entry["charge"]), None)
+                    self._failures[entry["kind"]] += 1
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"{path} is no ledger of calls: byte {whole}: {error!r}; choose another file"

@@ -64,6 +64,7 @@ class Proposal:
         tokens: of both directions, repairs included.
         cost: money, likewise.
         error: why ``source`` is not valid; empty: it is.
+        unreadable: whether there was no candidate in the answer, so that ``source`` is the answer.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Proposal:
     tokens: int = 0
     cost: float = 0.0
     error: str = ""
+    unreadable: bool = False
 
 
 class ProposerError(RuntimeError):

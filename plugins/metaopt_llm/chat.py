@@ -80,6 +80,7 @@ class ChatError(ProposerError):
         billed: whether it may have been paid for.
         unsupported: whether the server may not know this `Mode`.
         wait: seconds after which the server wants to be asked again; None: it did not say.
+        kind: of failure, in a word or two, to be counted by.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class ChatError(ProposerError):
         billed: bool = False,
         unsupported: bool = False,
         wait: float | None = None,
+        kind: str = "other",
     ) -> None:
         super().__init__(message)
+        self.kind = kind
         self.retry, self.billed, self.unsupported, self.wait = retry, billed, unsupported, wait
 
 

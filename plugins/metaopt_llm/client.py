@@ -92,7 +92,7 @@ class Client:
         try:
             reply = self._server.exchange(request, mode, seconds)
         except ChatError as error:
-            self._ledger.failed(number, str(error), most if error.billed else Charge(calls=1))
+            self._ledger.failed(number, str(error), most if error.billed else Charge(calls=1), error.kind)
             raise
         counted = reply.input_tokens is not None and reply.output_tokens is not None
         charge = self._price.of(reply.input_tokens or 0, reply.output_tokens or 0) if counted else most

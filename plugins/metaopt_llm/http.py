@@ -70,7 +70,7 @@ def key_auth(key_env: str, header: str, prefix: str = "") -> KeyFromEnvironment 
     if not key_env:
         return None
     if not os.environ.get(require_key_name(key_env)):
-        raise ChatError(f"the environment variable {key_env} is not set; put the server's key there")
+        raise ChatError(f"the environment variable {key_env} is not set; put the server's key there", kind="no key")
     return KeyFromEnvironment(header, key_env, prefix)
 
 
@@ -96,12 +96,16 @@ def post_json(
     try:
         status, received, retry_after = _run(_post(url, body, seconds, auth, dict(headers or {})))
     except TimeoutError:
-        raise ChatError(f"{url} gave no whole answer within {seconds:.3g} s", retry=True, billed=True) from None
+        raise ChatError(
+            f"{url} gave no whole answer within {seconds:.3g} s", retry=True, billed=True, kind="timed out"
+        ) from None
     except (httpx.ConnectError, httpx.ProxyError, httpx.UnsupportedProtocol) as error:
-        raise ChatError(f"{url} cannot be reached: {redact(str(error)) or type(error).__name__}", retry=True) from None
+        raise ChatError(
+            f"{url} cannot be reached: {redact(str(error)) or type(error).__name__}", retry=True, kind="unreachable"
+        ) from None
     except httpx.HTTPError as error:
         raise ChatError(
-            f"{url} broke off: {redact(str(error)) or type(error).__name__}", retry=True, billed=True
+            f"{url} broke off: {redact(str(error)) or type(error).__name__}", retry=True, billed=True, kind="broke off"
         ) from None
     text = redact(received.decode(errors="replace"))
     if status != 200:
@@ -110,13 +114,16 @@ def post_json(
             retry=status in _RETRIED or (status >= 500 and status != 501),
             unsupported=status in _UNSUPPORTED,
             wait=_seconds(retry_after),
+            kind=f"answered {status}",
         )
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise ChatError(f"{url} answered no JSON object: {text[:_SHOWN].strip()!r}", retry=True, billed=True)
+        raise ChatError(
+            f"{url} answered no JSON object: {text[:_SHOWN].strip()!r}", retry=True, billed=True, kind="no JSON"
+        )
     return answer
 
 
@@ -131,7 +138,7 @@ async def _post(
             async for chunk in response.aiter_bytes():
                 received += chunk
                 if len(received) > LARGEST:
-                    raise ChatError(f"{url} sent more than {LARGEST} bytes", retry=True, billed=True)
+                    raise ChatError(f"{url} sent more than {LARGEST} bytes", retry=True, billed=True, kind="too long")
             return response.status_code, bytes(received), response.headers.get("Retry-After", "")
 
 

@@ -62,17 +62,17 @@ class LLMProposer:
         while True:
             reply = self._client.complete(self._asked(conversation, request.number))
             replies.append(reply)
-            source, name, thought, error = reply.text, "", "", None
+            source, name, thought, error, unreadable = reply.text, "", "", None, False
             try:
                 written = self._form.read(reply)
                 source, name, thought = written.source, written.name, written.thought
                 error = self._validate(source)
             except ReplyError as refused:
-                error = str(refused)
+                error, unreadable = str(refused), True
             if error is None or len(replies) > self._repairs:
                 tokens = sum((r.input_tokens or 0) + (r.output_tokens or 0) for r in replies)
                 cost = sum(r.cost for r in replies)
-                return Proposal(source, name, thought, self.name, reply.model, tokens, cost, error or "")
+                return Proposal(source, name, thought, self.name, reply.model, tokens, cost, error or "", unreadable)
             said = Message("assistant", reply.text or "(nothing)")  # servers refuse empty turns
             conversation = (*conversation, said, Message("user", self._templates.fill("repair", error=error)))
 

@@ -195,4 +195,4 @@ def _finish(cut: bool, refused: bool) -> Literal["stop", "length", "refusal"]:
 
 
 def _unreadable(url: str, error: Exception) -> ChatError:
-    return ChatError(f"{url} answered JSON of another form: {error!r}", retry=True, billed=True)
+    return ChatError(f"{url} answered JSON of another form: {error!r}", retry=True, billed=True, kind="another form")

@@ -23,7 +23,7 @@ except ValueError as absent:
 def test_a_local_model_proposes_losses_that_train_policies(tmp_path: Path) -> None:
     validator, judge = LossValidator(), Judge(search_stages())
     config = LoopConfig("Learn from preferences.", ("local",), judge.describe(), batch=4, ahead=True)
-    with proposing(["local"], validator, tmp_path, options={"examples": 2, "repairs": 0}) as proposer:
+    with proposing(["local"], validator, tmp_path, options={"examples": 2, "repairs": 0}) as (proposer, _):
         loop = Loop(config, judge, proposer, validator, tmp_path)
         while loop.counts.proposed < 24:
             loop.run(evaluations=loop.counts.evaluated + 4)

@@ -223,7 +223,7 @@ def loop_in(
     directory: Path, judge: Judge, names: Sequence[str] = ("mutator",), **options: Any
 ) -> Iterator[tuple[Loop, Any]]:
     validator = LossValidator()
-    with proposing(names, validator, directory, options=options) as proposer:
+    with proposing(names, validator, directory, options=options) as (proposer, _):
         config = LoopConfig("Learn.", tuple(names), judge.describe(), batch=4, ahead=True, islands={"count": 2})
         yield Loop(config, judge, proposer, validator, directory), proposer
 

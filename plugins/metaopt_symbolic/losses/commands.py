@@ -48,7 +48,9 @@ def loss(
     Example: [bold]metaopt discover loss --proposer mutator --budget 200 --out runs/losses[/bold]
     """
     from rich.console import Console
+    from rich.table import Table
 
+    from metaopt.search import BudgetSpent, ProposerError
     from metaopt_symbolic.losses import report
     from metaopt_symbolic.losses.candidate import LossValidator
     from metaopt_symbolic.losses.judge import Judge, search_stages, selection_stage
@@ -66,17 +68,25 @@ def loss(
     ahead = not {*names}.isdisjoint(registered("llm"))
     config = LoopConfig(GOAL, names, judge.describe(), batch=batch, ahead=ahead, seed=seed)
     options = parse_settings(settings)
-    with proposing(names, validator, out, options=options, calls=calls, money=money, seed=seed, worker=worker) as asked:
-        loop = Loop(config, judge, asked, validator, out, storage, worker)
+    with proposing(names, validator, out, options=options, calls=calls, money=money, seed=seed, worker=worker) as (
+        asked, ledger
+    ):  # fmt: skip
+        loop, early = Loop(config, judge, asked, validator, out, storage, worker), None
+
+        def table() -> Table:
+            return report.table(loop, spent.children, ledger)
+
         try:
-            with watched(console, lambda: report.table(loop, spent.children), lambda: report.line(loop)) as show:
+            with watched(console, table, lambda: report.line(loop)) as show:
                 loop.run(evaluations=spent.children, seconds=spent.seconds, on_round=lambda _: show())
+        except ProposerError as error:
+            early = error
         except KeyboardInterrupt:
             console.print(f"stopped after round {loop.counts.rounds}, which is saved; the same command goes on")
             raise
     selected = select(loop.candidates, judge, selection_stage())
-    written = report.save(loop, selected)
-    console.print(report.table(loop, spent.children))
+    written = report.save(loop, selected, ledger)
+    console.print(table())
     winner = selected.candidate
     console.print(
         f"best on other noise levels, {selected.losses[winner.number]:.4f}: {winner.name}\n{winner.source}",
@@ -84,6 +94,11 @@ def loss(
     )
     console.print("written: " + ", ".join(str(path) for path in written))
     console.print(f"next: metaopt show {winner.name} --from {out}", soft_wrap=True)
+    if early is not None:
+        console.print(
+            f"the search ended early: {early}; the same command goes on", highlight=False, markup=False, soft_wrap=True
+        )
+        raise typer.Exit(0 if isinstance(early, BudgetSpent) else 1)
 
 
 def show(

@@ -32,6 +32,8 @@ from metaopt_symbolic.losses.judge import Judge, Score, Stage
 STUDY = "discover-loss"
 REQUESTS = 1_000_000
 """More than one worker makes: by its number, no request is like one of another worker."""
+PATIENCE = 5
+"""Rounds without a new candidate after which a search ends: what proposes nothing else will not for more money."""
 NOTES = 5
 """How many of the latest errors proposers see."""
 
@@ -78,6 +80,7 @@ class LoopCounts:
         proposed: answers.
         invalid: answers that could not be mended.
         known: valid answers that do what another candidate does.
+        unreadable: answers without a candidate: refusals, cut off, of another form.
         failed: requests without an answer.
         evaluated: candidates that were trained with, the start not included.
         full: of these, those that reached the last stage.
@@ -89,6 +92,7 @@ class LoopCounts:
     proposed: int = 0
     invalid: int = 0
     known: int = 0
+    unreadable: int = 0
     failed: int = 0
     evaluated: int = 0
     full: int = 0
@@ -214,10 +218,11 @@ class Loop:
             on_round: called after each round.
 
         Raises:
-            ProposerError: no proposer answers, now or any more; what was done is saved.
+            ProposerError: no proposer answers, now or any more, or `PATIENCE` rounds in a row brought nothing new; what was
+                done is saved.
             KeyboardInterrupt: after the checkpoint.
         """
-        began, before = time.monotonic(), self.counts.seconds
+        began, before, barren = time.monotonic(), self.counts.seconds, 0
         with interruptions() as interrupted:
             while not interrupted and (seconds is None or self.counts.seconds < seconds):
                 left = math.inf if evaluations is None else evaluations - self.counts.evaluated - len(self._waiting)
@@ -228,6 +233,12 @@ class Loop:
                     self._keep(self._scores())
                 self.counts.seconds = before + time.monotonic() - began
                 on_round(self)
+                barren = 0 if self._waiting else barren + 1
+                if barren == PATIENCE:
+                    self._save()
+                    raise ProposerError(
+                        f"{barren} rounds in a row brought no new candidate, the last because {self.errors[-1]['error']}"
+                    )
             if not interrupted:
                 self._keep(self._scores())
                 self._migrate()  # so that who ends last selects among the best of all
@@ -307,6 +318,8 @@ class Loop:
                 error = str(same)
         elif error.startswith(SAME):
             self.counts.known += 1
+        elif proposal.unreadable:
+            self.counts.unreadable += 1
         else:
             self.counts.invalid += 1
         self._tell(request, proposal, None)

@@ -28,8 +28,8 @@ def proposing(
     money: float | None = None,
     seed: int = 0,
     worker: int = 0,
-) -> Iterator[Proposer]:
-    """One proposer, or a mixture of several; in use until the context ends.
+) -> Iterator[tuple[Proposer, Ledger]]:
+    """One proposer, or a mixture of several, and the ledger of their calls; in use until the context ends.
 
     Args:
         names: registered proposers with the tag ``loss`` or ``llm``.
@@ -62,7 +62,7 @@ def proposing(
             registry.create("proposer", name, validate=validator, **(asked if name in models else {"seed": seed}))
             for name in names
         ]
-        yield found[0] if len(found) == 1 else Mixture(found, Bandit([each.name for each in found], seed=seed))
+        yield found[0] if len(found) == 1 else Mixture(found, Bandit([each.name for each in found], seed=seed)), ledger
 
 
 def registered(*tags: str) -> list[str]:

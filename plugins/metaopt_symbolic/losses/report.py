@@ -14,6 +14,7 @@ from rich.table import Table
 
 from metaopt.files import write_atomic
 from metaopt.program import evaluate
+from metaopt.search import Ledger
 from metaopt_symbolic.genome import Genome
 from metaopt_symbolic.losses.candidate import python
 from metaopt_symbolic.losses.loop import Candidate, Loop, Selected
@@ -22,8 +23,8 @@ SHOWN = 30.0
 """Largest |rho| of pictures."""
 
 
-def table(loop: Loop, evaluations: int | None = None) -> Table:
-    """The state of a search."""
+def table(loop: Loop, evaluations: int | None = None, ledger: Ledger | None = None) -> Table:
+    """The state of a search, and of the calls of its proposers, if they make any."""
     c, best = loop.counts, loop.best
     made = Table(title=f"worker {loop.worker} of {loop.directory}", show_header=False)
     made.add_column()
@@ -34,16 +35,24 @@ def table(loop: Loop, evaluations: int | None = None) -> Table:
         **{f"of {start.name}": _interval(start) for start in starts},
         "found in round": f"{best.round} of {c.rounds}",
         "proposed": f"{c.proposed:,}",
-        "invalid, the same as another, unanswered": f"{c.invalid:,}, {c.known:,}, {c.failed:,}",
+        "invalid, the same as another": f"{c.invalid:,}, {c.known:,}",
+        "without a candidate, unanswered": f"{c.unreadable:,}, {c.failed:,}",
         "trained with": f"{c.evaluated:,}" if evaluations is None else f"{c.evaluated:,} of {evaluations:,}",
         "to the last stage": f"{c.full:,}",
         **{f"by {name}": text for name, text in _by_proposer(loop).items()},
+        **(_calls(ledger) if ledger is not None else {}),
         "tokens, cost": f"{c.tokens:,}, {c.cost:.4g}",
         "seconds": f"{c.seconds:,.0f}",
     }
     for name, value in rows.items():
         made.add_row(name, value)
     return made
+
+
+def _calls(ledger: Ledger) -> dict[str, str]:
+    made = ledger.spent.calls
+    failed = {f"of calls, {kind}": f"{count:,}" for kind, count in ledger.failures.items()}
+    return {"calls": f"{made:,}", **failed} if made else {}
 
 
 def line(loop: Loop) -> str:
@@ -68,7 +77,7 @@ def _interval(candidate: Candidate) -> str:
     return f"{score.loss:.4f} [{score.low:.4f}, {score.high:.4f}]"
 
 
-def save(loop: Loop, selected: Selected) -> list[Path]:
+def save(loop: Loop, selected: Selected, ledger: Ledger | None = None) -> list[Path]:
     """Write the winner's text, the report and its picture, each whole or not at all; returns their paths."""
     winner = selected.candidate
     facts = {
@@ -79,6 +88,7 @@ def save(loop: Loop, selected: Selected) -> list[Path]:
                    "program": winner.genome.text(), "search": dataclasses.asdict(winner.score),
                    "selection": selected.losses, "scale": selected.scale, "rate": selected.rate},
         "errors": loop.errors,
+        "calls": ledger and {**dataclasses.asdict(ledger.spent), "failures": ledger.failures},
         "history": [[c.number, c.score.loss] for c in loop.candidates],
     }  # fmt: skip
     suffix = f"-{loop.worker}" if loop.worker else ""
