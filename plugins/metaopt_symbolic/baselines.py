@@ -69,7 +69,8 @@ def tuned_start(text: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -
 
     Else a search would first find what tuning finds, and what is ahead of the start would be better tuned, not a better rule.
     Its learning rate is tuned first, then one number at a time; where that comes to a halt, four searches over all numbers go
-    on, of which some find a better place: learning rate, decays and weight decay go together.
+    on, of which some find a better place: learning rate, decays and weight decay go together. Where each task has its own rate,
+    they do not: numbers that suit the start to a tee hide what another rule would bring with its own.
     """
     best = tuned([parse(text)], tasks, stages[-1], START_FACTORS)
     for _ in range(ROUNDS):
@@ -78,7 +79,7 @@ def tuned_start(text: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -
             break
         best = found
     start = best.genome.text()
-    if not any(isinstance(arg, float) for a in best.genome.body for arg in a.args):
+    if stages[-1].own_rates or not any(isinstance(arg, float) for a in best.genome.body for arg in a.args):
         return start
     champions = []
     for seed in _TUNING_SEEDS:

@@ -39,7 +39,8 @@ class Stage:
         tasks: names of tasks of the cascade.
         horizons: at least three different ones.
         seeds: of initial parameters and batches, the same for all candidates.
-        multipliers: of the learning rate; a candidate has the loss of its best one, the same for all tasks and horizons.
+        multipliers: of the learning rate; a candidate has the loss of its best one, the same for all horizons.
+        own_rates: whether each task has a best multiplier of its own, else one for all.
         keep: share of the distinct scores seen so far that are good enough for the next stage, in (0, 1].
 
     Raises:
@@ -50,6 +51,7 @@ class Stage:
     horizons: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
     multipliers: tuple[float, ...] = (1.0,)
+    own_rates: bool = False
     keep: float = 0.25
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Score:
             was not reached costs ``2 * WORST`` more, so that candidates of a later stage come first.
         stage: the last one that was run, from 0.
         losses: of that stage, by task: the mean over horizons and seeds.
-        multiplier: the one with these losses.
+        multiplier: the one with these losses; where tasks have their own, the median.
         diverged: share of all runs of the stage that diverged.
         updates: inner steps that were planned for it, over all stages.
     """
@@ -162,10 +164,14 @@ class Cascade:
             ]
             losses.append(torch.stack([run.losses[..., -1].mean(2) for run in runs]).mean(0))
             diverged += [(run.diverged >= 0).double().mean((1, 2)) for run in runs]
-        by_multiplier = torch.stack(losses, 2)
-        best = by_multiplier.mean(2).argmin(1)
-        own = by_multiplier[torch.arange(len(programs)), best]
-        return own.numpy(), np.asarray(stage.multipliers)[best.numpy()], torch.stack(diverged).mean(0).numpy()
+        by_multiplier = torch.stack(losses, 2)  # [N, multipliers, tasks]
+        if stage.own_rates:
+            best = by_multiplier.argmin(1)
+        else:
+            best = by_multiplier.mean(2).argmin(1)[:, None].expand(-1, len(losses))
+        own = by_multiplier.gather(1, best[:, None]).squeeze(1)
+        multipliers = np.asarray(stage.multipliers)[best.median(1).values.numpy()]
+        return own.numpy(), multipliers, torch.stack(diverged).mean(0).numpy()
 
     def _hurdle(self, number: int, losses: Sequence[float]) -> float:
         """Below what loss a candidate goes on, when these are added to those seen."""
@@ -187,31 +193,33 @@ class Cascade:
         return sum(self._starts[name, stage.seeds] for name in stage.tasks) / len(stage.tasks)
 
 
-LONGEST, LEAST_LONGEST = 300, 60
-"""Updates of the longest runs of `usual_stages`: usually, and at least."""
-
-
-def usual_stages(tasks: Sequence[str], longest: int = LONGEST) -> tuple[Stage, ...]:
+def usual_stages(tasks: Sequence[str]) -> tuple[Stage, ...]:
     """Three stages: short runs on the first two tasks, longer ones on the first four, and all tasks with two seeds.
-
-    The longest runs have ``longest`` updates, the others shares of it: usually 10 to 150, 40 and 120.
 
     Each tries three learning rates, so that what a change does to the step size hides nothing else that it does. Of 700
     children of AdamW on the suite ``search``, half learnt nothing; over the others, the rank correlations of two such first
     stages with the last were 0.92 and 0.95, and the ten best were in the best quarter of the first.
-
-    Raises:
-        ValueError: a longest run below `LEAST_LONGEST`, whose shares would be too short to differ.
     """
-    if longest < LEAST_LONGEST:
-        raise ValueError(f"the longest runs must have at least {LEAST_LONGEST} updates, got {longest}")
     rates = (0.3, 1.0, 3.0)
-
-    def horizons(*updates: int) -> tuple[int, ...]:
-        return tuple(usual * longest // LONGEST for usual in updates)
-
     return (
-        Stage(tuple(tasks[:2]), horizons(10, 20, 40), multipliers=rates, keep=0.3),
-        Stage(tuple(tasks[:4]), horizons(20, 60, 150), multipliers=rates, keep=0.4),
-        Stage(tuple(tasks), horizons(40, 120, 300), seeds=(0, 1), multipliers=rates),
+        Stage(tuple(tasks[:2]), horizons=(10, 20, 40), multipliers=rates, keep=0.3),
+        Stage(tuple(tasks[:4]), horizons=(20, 60, 150), multipliers=rates, keep=0.4),
+        Stage(tuple(tasks), horizons=(40, 120, 300), seeds=(0, 1), multipliers=rates),
     )
+
+
+def thorough_stages(tasks: Sequence[str]) -> tuple[Stage, ...]:
+    """Three stages of longer runs on more tasks and seeds, in which each task has its own best of five learning rates.
+
+    So a candidate is judged as users judge an optimizer, tuned for their task, and numbers matter less.
+    """
+    rates = (0.1, 0.3, 1.0, 3.0, 10.0)
+    return (
+        Stage(tuple(tasks[:3]), horizons=(30, 60, 120), multipliers=rates, own_rates=True, keep=0.3),
+        Stage(tuple(tasks[:6]), horizons=(50, 100, 200), seeds=(0, 1), multipliers=rates, own_rates=True, keep=0.4),
+        Stage(tuple(tasks), horizons=(60, 150, 400), seeds=(0, 1, 2), multipliers=rates, own_rates=True),
+    )
+
+
+JUDGES = {"usual": usual_stages, "thorough": thorough_stages}
+"""Stages by what users call them."""

@@ -48,10 +48,12 @@ def rule(
     storage: Annotated[
         str | None, typer.Option(help="URL of an Optuna storage for the archive; default: a journal file in OUT.")
     ] = None,
-    horizon: Annotated[
-        int,
-        typer.Option(help="Updates of the longest runs that candidates are judged by; the others are shares of it."),
-    ] = 300,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="usual: short runs, one learning rate for all tasks; thorough: longer runs, a rate for each."
+        ),
+    ] = "usual",
     device: Device = "cpu",
     seed: Seed = 0,
     settings: Settings = [],  # noqa: B006 - typer copies it
@@ -67,7 +69,7 @@ def rule(
     from metaopt import registry
     from metaopt_symbolic import report
     from metaopt_symbolic.baselines import tuned_for
-    from metaopt_symbolic.cascade import Cascade, usual_stages
+    from metaopt_symbolic.cascade import JUDGES, Cascade
     from metaopt_symbolic.losses.proposers import registered
     from metaopt_symbolic.search import Budget, Search, SearchConfig
     from metaopt_symbolic.start import start_text
@@ -75,14 +77,16 @@ def rule(
 
     if "rule" not in registry.get("proposer", searcher).tags:
         raise ValueError(f"{searcher} searches for no rules; choose from {', '.join(registered('rule'))}")
+    if judge not in JUDGES:
+        raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
     console = Console(stderr=True)
     spent = Budget.of(budget)
     used = search_tasks(tasks, check_device(device))
-    stages = usual_stages(list(used), horizon)
-    judge = report.describe(tasks, used, stages)
-    tuned = tuned_for(out, start_text(start), judge, used, stages, console)
+    stages = JUDGES[judge](list(used))
+    described = report.describe(tasks, used, stages)
+    tuned = tuned_for(out, start_text(start), described, used, stages, console)
     references = tuned.references
-    config = SearchConfig(tuned.start, searcher, parse_settings(settings), judge, seed=seed)
+    config = SearchConfig(tuned.start, searcher, parse_settings(settings), described, seed=seed)
     search = Search(config, Cascade(used, stages), out, storage, worker)
     tuned.save(out)
     if spent.is_spent(search.counts):

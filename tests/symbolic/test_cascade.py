@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from metaopt.program.program import Program
 from metaopt.suite import HELD_OUT, refuse_held_out_data
 from metaopt.task import Task
 from metaopt_symbolic import cascade as module
-from metaopt_symbolic.cascade import Cascade, Stage, usual_stages
+from metaopt_symbolic.cascade import JUDGES, Cascade, Stage
 from metaopt_symbolic.genome import SEEDS, from_rule, parse
 from metaopt_symbolic.suites import SUITES, tasks_of
 
@@ -110,16 +111,25 @@ def test_a_program_that_always_takes_the_full_rate_is_scored_at_more_than_two_le
         Stage(("digits",), (10, 15, 20), keep=0.0)
 
 
-def test_the_usual_stages_may_be_longer() -> None:
-    assert [s.horizons for s in usual_stages(["a", "b"], 900)] == [(30, 60, 120), (60, 180, 450), (120, 360, 900)]
-    assert usual_stages(["a"], 60)[0].horizons == (2, 4, 8)
-    with pytest.raises(ValueError, match="the longest runs must have at least 60 updates, got 59"):
-        usual_stages(["a"], 59)
+def test_each_task_may_have_its_own_best_rate() -> None:
+    alike = Stage(("digits", "mixtures"), (10, 15, 20), multipliers=(0.1, 1.0, 10.0))
+    lion = [parse(SEEDS["lion"]).program()]
+    (own,) = Cascade(tasks(), (dataclasses.replace(alike, own_rates=True),)).scores(lion)
+    (one,) = Cascade(tasks(), (alike,)).scores(lion)
+    each = [
+        Cascade(tasks(), (dataclasses.replace(alike, multipliers=(rate,)),)).scores(lion)[0].losses
+        for rate in alike.multipliers
+    ]
+    assert own.losses == {name: min(losses[name] for losses in each) for name in alike.tasks}
+    assert one.losses in each and own.fitness >= one.fitness
 
 
-def test_the_usual_stages_cost_ever_more_and_end_on_all_tasks() -> None:
-    found = usual_stages(["a", "b", "c", "d"])
-    assert [stage.tasks for stage in found] == [("a", "b"), ("a", "b", "c", "d"), ("a", "b", "c", "d")]
+@pytest.mark.parametrize("judge", ["usual", "thorough"])
+def test_the_usual_stages_cost_ever_more_and_end_on_all_tasks(judge: str) -> None:
+    names = [*"abcdefghij"]
+    found = JUDGES[judge](names)
+    assert [len(stage.tasks) for stage in found] == {"usual": [2, 4, 10], "thorough": [3, 6, 10]}[judge]
+    assert found[-1].tasks == tuple(names)
     assert all(after.cost >= 4 * before.cost for before, after in itertools.pairwise(found))
 
 
