@@ -36,8 +36,13 @@ from metaopt.zoo.entry import LOSS_FILE, RULE_CLASS, RULE_FILE, golden_losses, l
 
 INIT_THETA_FILE = "init_theta.safetensors"
 """With which the first run began, where that is of no run."""
-CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD = "champion.py", "champion.json", "funnel.json"
-"""What ``metaopt simplify`` leaves in the directory of a search, beside the ``report.json`` of each worker."""
+CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD, TUNED_RECORD = (
+    "champion.py",
+    "champion.json",
+    "funnel.json",
+    "tuned.json",
+)
+"""What ``metaopt simplify`` and ``metaopt discover`` leave in the directory of a search, beside ``report.json`` of each worker."""
 LOSS_SEARCH_FILE, LOSS_REPORT, LOSS_COMPARISON = "worker-0.json", "report.json", "comparison.json"
 """What ``metaopt discover loss`` and ``metaopt discover compare`` leave in their directory."""
 LOSS_PICTURES = ("comparison.png", "curves.png")
@@ -263,7 +268,8 @@ def _of_search(run: Path) -> _Source:
             "then race it"
         )
     config, counts = workers[0]["config"], [worker["counts"] for worker in workers]
-    files[START_FILE] = config["start"].encode()
+    # the search tunes it again
+    files[START_FILE] = _read_json(run / TUNED_RECORD, "the start of a search for rules")["asked"].encode()
     files[CHAMPION_RECORD] = _without_folders((run / CHAMPION_RECORD).read_text()).encode()
     files |= {name: text.encode() for name, text in reports.items()}
     choices = json.loads(files[CHAMPION_RECORD])["tasks"]
@@ -278,7 +284,7 @@ def _of_search(run: Path) -> _Source:
         "hyperparameters": rule.hp,
         "command": _commands(commands),
         "seed": config["seed"],
-        "device": "cpu",
+        "device": json.loads(config["judge"])["device"],
         "cost": {
             shown: round(sum(count[counted] for count in counts))
             for shown, counted in {
@@ -294,9 +300,10 @@ def _of_search(run: Path) -> _Source:
 def _search_command(report: dict[str, Any], out: str) -> list[Any]:
     config = report["config"]
     options = [part for name, value in config["options"].items() for part in ("--set", f"{name}={value}")]
-    asked = json.loads(config["judge"])["asked"]
+    judge = json.loads(config["judge"])
     return [
-        "discover", "rule", "--start", START_FILE, "--tasks", asked, "--searcher", config["searcher"], *options,
+        "discover", "rule", "--start", START_FILE, "--tasks", judge["asked"], "--judge", judge["judge"], "--device", judge["device"],
+        "--searcher", config["searcher"], *options,
         "--seed", config["seed"], "--budget", report["counts"]["children"], "--out", out,
         *(["--worker", report["worker"]] if report["worker"] else []),
     ]  # fmt: skip

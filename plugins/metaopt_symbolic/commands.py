@@ -83,7 +83,7 @@ def rule(
     spent = Budget.of(budget)
     used = search_tasks(tasks, check_device(device))
     stages = JUDGES[judge](list(used))
-    described = report.describe(tasks, used, stages)
+    described = report.describe(tasks, judge, used, stages)
     tuned = tuned_for(out, start_text(start), described, used, stages, console)
     references = tuned.references
     config = SearchConfig(tuned.start, searcher, parse_settings(settings), described, seed=seed)

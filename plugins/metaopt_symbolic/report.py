@@ -25,15 +25,15 @@ PER_SECOND = 2
 """How often the live view changes."""
 
 
-def describe(asked: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
-    """The judge of a search in words, ``asked`` those of the user: another text means other fitness.
+def describe(asked: str, judge: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
+    """The judge of a search in words, ``asked`` and ``judge`` those of the user: another text means other fitness.
 
     The kind of the device is part of it, since sums round as the device adds.
     """
     hashes = {name: content_hash(task) for name, task in tasks.items()}
     (device,) = {task.device.type for task in tasks.values()}
     return json.dumps({
-        "asked": asked, "device": device, "tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]
+        "asked": asked, "judge": judge, "device": device, "tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]
     })  # fmt: skip
 
 

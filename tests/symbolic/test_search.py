@@ -234,7 +234,7 @@ def test_tasks_are_made_on_the_device_which_is_part_of_the_judge(
     monkeypatch.setattr(registry, "create", recorded)
     made = search_tasks("sign,digits_mlp", "cuda:1")
     assert asked == ["cuda:1"] * 5
-    assert json.loads(report.describe("sign", made, ()))["device"] == "cpu"  # where they are
+    assert json.loads(report.describe("sign", "usual", made, ()))["device"] == "cpu"  # where they are
     assert main(["discover", "rule", "--device", "nowhere"]) == 2
     assert "device 'nowhere' is not to be had here" in capsys.readouterr().err
 
