@@ -36,13 +36,10 @@ from metaopt.zoo.entry import LOSS_FILE, RULE_CLASS, RULE_FILE, golden_losses, l
 
 INIT_THETA_FILE = "init_theta.safetensors"
 """With which the first run began, where that is of no run."""
-CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD, TUNED_RECORD = (
-    "champion.py",
-    "champion.json",
-    "funnel.json",
-    "tuned.json",
-)
-"""What ``metaopt simplify`` and ``metaopt discover`` leave in the directory of a search, beside ``report.json`` of each worker."""
+CHAMPION_FILE, CHAMPION_RECORD, FUNNEL_RECORD = "champion.py", "champion.json", "funnel.json"
+"""What ``metaopt simplify`` leaves in the directory of a search, beside the ``report.json`` of each worker."""
+TUNED_RECORD = "tuned.json"
+"""What ``metaopt discover rule`` tuned before the search."""
 LOSS_SEARCH_FILE, LOSS_REPORT, LOSS_COMPARISON = "worker-0.json", "report.json", "comparison.json"
 """What ``metaopt discover loss`` and ``metaopt discover compare`` leave in their directory."""
 LOSS_PICTURES = ("comparison.png", "curves.png")
@@ -302,8 +299,8 @@ def _search_command(report: dict[str, Any], out: str) -> list[Any]:
     options = [part for name, value in config["options"].items() for part in ("--set", f"{name}={value}")]
     judge = json.loads(config["judge"])
     return [
-        "discover", "rule", "--start", START_FILE, "--tasks", judge["asked"], "--judge", judge["judge"], "--device", judge["device"],
-        "--searcher", config["searcher"], *options,
+        "discover", "rule", "--start", START_FILE, "--tasks", judge["asked"], "--judge", judge["judge"],
+        "--device", judge["device"], "--searcher", config["searcher"], *options,
         "--seed", config["seed"], "--budget", report["counts"]["children"], "--out", out,
         *(["--worker", report["worker"]] if report["worker"] else []),
     ]  # fmt: skip

@@ -32,9 +32,8 @@ def describe(asked: str, judge: str, tasks: Mapping[str, Task], stages: Sequence
     """
     hashes = {name: content_hash(task) for name, task in tasks.items()}
     (device,) = {task.device.type for task in tasks.values()}
-    return json.dumps({
-        "asked": asked, "judge": judge, "device": device, "tasks": hashes, "stages": [dataclasses.asdict(stage) for stage in stages]
-    })  # fmt: skip
+    plain = [dataclasses.asdict(stage) for stage in stages]
+    return json.dumps({"asked": asked, "judge": judge, "device": device, "tasks": hashes, "stages": plain})
 
 
 @contextmanager

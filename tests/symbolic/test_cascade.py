@@ -122,6 +122,8 @@ def test_each_task_may_have_its_own_best_rate() -> None:
     ]
     assert own.losses == {name: min(losses[name] for losses in each) for name in alike.tasks}
     assert one.losses in each and own.fitness >= one.fitness
+    three = Cascade(tasks(), (dataclasses.replace(alike, own_rates=True),)).scores(lion * 3)
+    assert {score.multiplier for score in three} <= {*alike.multipliers}
 
 
 @pytest.mark.parametrize("judge", ["usual", "thorough"])
