@@ -32,6 +32,9 @@ REFERENCE = "adamw"
 FACTORS = tuple(10 ** (k / 2) for k in range(-5, 3))
 """Of a candidate's learning rate, which suits short runs: as many as the baselines have `LEARNING_RATES`."""
 
+DECAY = 0.3
+"""Weight decay of candidates that have none of their own."""
+
 MEMORIES, DECAYS = (1.0, 0.3, 0.1), (1.0, 0.3, 0.0)
 """Factors of a candidate's numbers at the gates, where the baselines have `SETTINGS`: of the weights of new values in its
 averages, which suit short runs, and of what its weights are multiplied by."""
@@ -134,15 +137,41 @@ def distinct(elites: Sequence[Elite], most: int) -> list[Genome]:
     return [*chosen.values()][:most]
 
 
+def with_decay(genome: Genome) -> Genome:
+    """The program with weight decay in its update before that is multiplied for the last time, as in AdamW; itself if it has
+    weight decay, or no such product.
+
+    Searches drop it where short runs of small networks do not overfit, and the baselines may choose it.
+    """
+    update = genome.outputs[0]
+    at = max((k for k, a in enumerate(genome.body) if a.target == update), default=-1)
+    if (
+        any(map(_decays, genome.body))
+        or at < 0
+        or genome.body[at].function != "mul"
+        or update not in genome.body[at].args
+    ):
+        return genome
+    taken = {*genome.tensors, *genome.scalars, *(a.target for a in genome.body)}
+    name = next(name for name in ("shrink", *map("shrink{}".format, itertools.count())) if name not in taken)
+    added = Assign(name, "mul", ("w", DECAY)), Assign(update, "add", (update, name))
+    return replace(genome, body=(*genome.body[:at], *added, *genome.body[at:]))
+
+
+def _decays(a: Assign) -> bool:
+    """Whether it is some of the weights."""
+    return a.function == "mul" and "w" in a.args and any(isinstance(arg, float) for arg in a.args)
+
+
 def funnel(candidates: Sequence[Genome], gates: Sequence[Gate]) -> Funnelled:
-    """Compare the candidates with the baselines at gate after gate, as long as any passes.
+    """Compare the candidates, `with_decay`, with the baselines at gate after gate, as long as any passes.
 
     Raises:
         ValueError: no candidate, or no gate.
     """
     if not candidates or not gates:
         raise ValueError(f"a funnel needs candidates and gates, got {len(candidates)} and {len(gates)}")
-    left = {genome.digest: genome for genome in candidates}
+    left = {genome.digest: genome for genome in map(with_decay, candidates)}
     found: dict[str, Sequence[Result]] = {}
     passed = True
     for gate in gates:
@@ -163,7 +192,7 @@ def settings(genome: Genome) -> list[Genome]:
         *others, last = a.args
         if a.function == "interpolate" and isinstance(last, float) and 0.5 <= last < 1:
             return a._replace(args=(*others, round(1 - (1 - last) * memory, 12)))
-        if a.function == "mul" and "w" in a.args:
+        if _decays(a):
             return a._replace(args=tuple(arg if isinstance(arg, str) else arg * decay for arg in a.args))
         return a
 

@@ -120,6 +120,20 @@ def test_candidates_choose_among_as_many_settings_as_baselines() -> None:
     assert module.settings(NOTHING) == [NOTHING]
 
 
+def test_candidates_without_weight_decay_get_it_where_their_update_takes_its_size() -> None:
+    plain = parse(SEEDS["rmsprop"])
+    decayed = module.with_decay(plain).text()
+    line = "    update = mul(update, lr)\n"
+    assert decayed == SEEDS["rmsprop"].replace(
+        line, f"    shrink = mul(w, 0.3)\n    update = add(update, shrink)\n{line}"
+    )
+    assert len(module.settings(module.with_decay(plain))) == 9
+    for text in (SEEDS["adamw"], RAW.replace("mul(g, lr)", "div(g, lr)")):
+        assert module.with_decay(parse(text)) == parse(text)
+    taken = SEEDS["rmsprop"].replace("root", "shrink")
+    assert "shrink0 = mul(w, 0.3)" in module.with_decay(parse(taken)).text()
+
+
 def test_gates_are_wider_than_the_search_and_of_valid_only() -> None:
     first, second = usual_gates("search")
     searched = tasks_of("search")
