@@ -153,7 +153,8 @@ def with_decay(genome: Genome) -> Genome:
     ):
         return genome
     taken = {*genome.tensors, *genome.scalars, *(a.target for a in genome.body)}
-    name = next(name for name in ("shrink", *map("shrink{}".format, itertools.count())) if name not in taken)
+    names = itertools.chain(["shrink"], map("shrink{}".format, itertools.count()))
+    name = next(name for name in names if name not in taken)
     added = Assign(name, "mul", ("w", DECAY)), Assign(update, "add", (update, name))
     return replace(genome, body=(*genome.body[:at], *added, *genome.body[at:]))
 
