@@ -31,7 +31,7 @@ from metaopt_symbolic.simplify import Simplified, simplify
 from metaopt_symbolic.suites import tasks_of
 
 SUITE = "sign"
-SEARCHER, POPULATION, TOURNAMENT, BATCH = "effective", 200, 10, 100
+POPULATION, BATCH = 200, 100
 TOLERANCE = 0.003
 """Fitness that a line is worth: the standard error of a difference on this suite (results/sign_regime.json)."""
 
@@ -76,8 +76,7 @@ def recovered(seed: int, start: str, children: int) -> tuple[Search, Simplified]
     tasks = tasks_of(SUITE)
     stages = usual_stages(list(tasks))
     last = Cascade(tasks, stages[-1:])
-    options = {"population": POPULATION, "tournament": TOURNAMENT}
-    config = SearchConfig(start, SEARCHER, options=options, batch=BATCH, seed=seed)
+    config = SearchConfig(start, options={"population": POPULATION}, batch=BATCH, seed=seed)
     best: Simplified | None = None
     with tempfile.TemporaryDirectory() as directory:
         search = Search(config, Cascade(tasks, stages), directory)
@@ -105,7 +104,7 @@ def main() -> None:
     last = usual_stages(list(tasks))[-1]
     start = tuned([parse(SEEDS["adamw"])], tasks, last, START_FACTORS).genome.text()
     report: dict[str, Any] = {
-        "machine": machine(), "suite": SUITE, "searcher": SEARCHER, "most_children": args.children, "start": start,
+        "machine": machine(), "suite": SUITE, "most_children": args.children, "start": start,
         "baselines": {name: found.score.fitness for name, found in baselines(tasks, last).items()}, "runs": [],
     }  # fmt: skip
     console.print({name: round(fitness, 4) for name, fitness in report["baselines"].items()})
