@@ -138,24 +138,23 @@ def distinct(elites: Sequence[Elite], most: int) -> list[Genome]:
 
 
 def with_decay(genome: Genome) -> Genome:
-    """The program with weight decay in its update before that is multiplied for the last time, as in AdamW; itself if it has
-    weight decay, or no such product.
+    """The program with weight decay in what its update is the learning rate times of, as in AdamW; itself if it has weight decay,
+    or its update is no such product.
 
     Searches drop it where short runs of small networks do not overfit, and the baselines may choose it.
     """
     update = genome.outputs[0]
     at = max((k for k, a in enumerate(genome.body) if a.target == update), default=-1)
-    if (
-        any(map(_decays, genome.body))
-        or at < 0
-        or genome.body[at].function != "mul"
-        or update not in genome.body[at].args
-    ):
+    if at < 0 or genome.body[at].function != "mul" or any(map(_decays, genome.body)):
+        return genome
+    factors = [arg for arg in genome.body[at].args if isinstance(arg, str) and arg not in genome.scalars]
+    direction = update if update in factors else factors[0] if len(factors) == 1 else None
+    if direction is None:
         return genome
     taken = {*genome.tensors, *genome.scalars, *(a.target for a in genome.body)}
     names = itertools.chain(["shrink"], map("shrink{}".format, itertools.count()))
     name = next(name for name in names if name not in taken)
-    added = Assign(name, "mul", ("w", DECAY)), Assign(update, "add", (update, name))
+    added = Assign(name, "mul", ("w", DECAY)), Assign(direction, "add", (direction, name))
     return replace(genome, body=(*genome.body[:at], *added, *genome.body[at:]))
 
 

@@ -130,6 +130,8 @@ def test_candidates_without_weight_decay_get_it_where_their_update_takes_its_siz
     assert len(module.settings(module.with_decay(plain))) == 9
     for text in (SEEDS["adamw"], RAW.replace("mul(g, lr)", "div(g, lr)")):
         assert module.with_decay(parse(text)) == parse(text)
+    other = RAW.replace("update = mul(g, lr)", "x = sign(g)\n    update = mul(x, lr)")
+    assert "x = add(x, shrink)\n    update = mul(x, lr)" in module.with_decay(parse(other)).text()
     taken = SEEDS["rmsprop"].replace("root", "shrink")
     assert "shrink0 = mul(w, 0.3)" in module.with_decay(parse(taken)).text()
 
