@@ -138,8 +138,8 @@ def distinct(elites: Sequence[Elite], most: int) -> list[Genome]:
 
 
 def with_decay(genome: Genome) -> Genome:
-    """The program with weight decay in what its update is the learning rate times of, as in AdamW; itself if it has weight decay,
-    or its update is no such product.
+    """The program with weight decay in what the learning rate multiplies, as in AdamW; itself if it has weight decay, or its
+    update is no such product.
 
     Searches drop it where short runs of small networks do not overfit, and the baselines may choose it.
     """
