@@ -147,9 +147,10 @@ def with_decay(genome: Genome) -> Genome:
     at = max((k for k, a in enumerate(genome.body) if a.target == update), default=-1)
     if at < 0 or genome.body[at].function != "mul" or any(map(_decays, genome.body)):
         return genome
-    factors = [arg for arg in genome.body[at].args if isinstance(arg, str) and arg not in genome.scalars]
+    args = genome.body[at].args
+    factors = [arg for arg in args if isinstance(arg, str) and arg not in genome.scalars]
     direction = update if update in factors else factors[0] if len(factors) == 1 else None
-    if direction is None:
+    if direction is None or any(isinstance(arg, float) for arg in args):
         return genome
     taken = {*genome.tensors, *genome.scalars, *(a.target for a in genome.body)}
     names = itertools.chain(["shrink"], map("shrink{}".format, itertools.count()))
