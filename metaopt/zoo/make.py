@@ -258,7 +258,7 @@ def _of_search(run: Path) -> _Source:
     through_funnel = (run / FUNNEL_RECORD).is_file()
     if through_funnel:
         files[FUNNEL_RECORD] = (run / FUNNEL_RECORD).read_bytes()
-        best = [json.loads(files[FUNNEL_RECORD])["champion"]]
+        best = [json.loads(files[FUNNEL_RECORD])["found"]]
     if champion["simplified"] not in best:
         raise ValueError(
             f"{run / CHAMPION_FILE} is not of the best candidate in the search's report or funnel; simplify {run} again, "

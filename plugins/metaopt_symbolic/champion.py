@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from metaopt.files import write_atomic
 from metaopt.resolve import hashable
 from metaopt.search import Archive
 from metaopt_symbolic.cascade import Cascade, Stage
+from metaopt_symbolic.funnel import with_decay
 from metaopt_symbolic.genome import parse
 from metaopt_symbolic.rule_file import write_rule_file
 from metaopt_symbolic.search import STUDY
@@ -29,7 +31,7 @@ def write_champion(
 ) -> tuple[Simplified, Path]:
     """Simplify the champion of the search in ``directory``, by its last stage, and write it as ``champion.py`` there.
 
-    The champion is that of the funnel, if there was one, else the best elite.
+    The champion is that of the funnel, if there was one, with the weight decay that it had there, else the best elite.
 
     What ``metaopt zoo add`` needs to know of it is in ``champion.json``: the text that was simplified, how, the tasks of the
     search as registered tasks and their options, and the sha256 of ``champion.py``.
@@ -52,11 +54,13 @@ def write_champion(
     champion = parse(best.text).scaled(best.facts["multiplier"])
     origin = f"Found by program search ({archive.settings['searcher']}, generation {best.generation}), then simplified."
     if (directory / FUNNEL_FILE).is_file():
-        champion = parse(json.loads((directory / FUNNEL_FILE).read_text())["champion"])
+        champion = parse(json.loads((directory / FUNNEL_FILE).read_text())["found"])
         origin = f"Found by program search ({archive.settings['searcher']}) and a funnel, then simplified."
     last: dict[str, Any] = {key: hashable(value) for key, value in judge["stages"][-1].items()}
     scores = Cascade(search_tasks(judge["asked"]), [Stage(**last)]).scores
     found = simplify(champion, scores, tolerance=tolerance, evolution=evolution)
+    if (directory / FUNNEL_FILE).is_file():  # not simplified away where searched runs do not overfit
+        found = replace(found, genome=with_decay(found.genome))
     path = write_rule_file(found.genome, directory / "champion.py", NAME, origin)
     facts = {
         "simplified": champion.text(),

@@ -86,17 +86,23 @@ class Funnelled:
 
     Attributes:
         gates: gate -> results of the contenders that came so far, the best first.
-        champion: the best at the last gate that anybody came to.
+        found: the best at the last gate that anybody came to, as the search has it.
         passed: whether it was better than AdamW at every gate.
     """
 
     gates: Mapping[str, Sequence[Result]]
-    champion: Genome
+    found: Genome
     passed: bool
+
+    @property
+    def champion(self) -> Genome:
+        """What took part: the best `with_decay`."""
+        return with_decay(self.found)
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as JSON holds it."""
         return {
+            "found": self.found.text(),
             "champion": self.champion.text(),
             "passed": self.passed,
             "gates": {
@@ -172,11 +178,11 @@ def funnel(candidates: Sequence[Genome], gates: Sequence[Gate]) -> Funnelled:
     """
     if not candidates or not gates:
         raise ValueError(f"a funnel needs candidates and gates, got {len(candidates)} and {len(gates)}")
-    left = {genome.digest: genome for genome in map(with_decay, candidates)}
+    left = {with_decay(genome).digest: genome for genome in candidates}
     found: dict[str, Sequence[Result]] = {}
     passed = True
     for gate in gates:
-        found[gate.name] = results = compare(left, gate)
+        found[gate.name] = results = compare({digest: with_decay(genome) for digest, genome in left.items()}, gate)
         own = [r for r in results if r.contender in left]
         champion = left[own[0].contender]
         left = {r.contender: left[r.contender] for r in own if r.passes}
