@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "search_stages", lambda: TINY)
     monkeypatch.setattr(judge_module, "selection_stage", lambda: TINY[0])
     monkeypatch.setattr(client_module, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(registered, "Client", functools.partial(client_module.Client, timeout=1.0, attempts=3))
+    monkeypatch.setattr(registered, "Client", functools.partial(client_module.Client, attempts=3))
     monkeypatch.setenv("OF_ANOTHER_API_KEY", SECRET)
 
 
@@ -46,7 +46,7 @@ def discover(url: str, out: Path, *more: str) -> int:
 
 
 FAULTS: Sequence[tuple[Step, str]] = [
-    (silence, "timed out"), (drip, "timed out"), (flood, "too long"), (cut_off, "broke off"), (fails(429), "answered 429"),
+    (flood, "too long"), (cut_off, "broke off"), (fails(429), "answered 429"),
     (fails(429, Retry_After="0"), "answered 429"), (fails(500), "answered 500"), (body(completion("long")[:-9]), "no JSON"),
     (body('{"answer": 42}'), "another form"),
 ]  # fmt: skip
@@ -58,10 +58,8 @@ def test_calls_that_fail_are_made_again_and_counted_by_kind(tmp_path: Path, caps
             yield fault
             yield shifted(k)
 
-    began = time.monotonic()
     with serving(script()) as running:
         assert discover(running.url, tmp_path, "--budget", str(len(FAULTS))) == 0
-    assert time.monotonic() - began < 60
     wanted: dict[str, int] = {}
     for _, kind in FAULTS:
         wanted[kind] = wanted.get(kind, 0) + 1
@@ -106,7 +104,24 @@ def test_answers_that_are_none_are_kept_counted_and_told_to_their_author(tmp_pat
     assert all(SECRET not in seen.text for seen in running.seen)
 
 
-@pytest.mark.parametrize("dead", [silence, fails(500), fails(401)])
+def test_calls_that_do_not_end_are_left_and_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Healthy ones may take as long on a busy machine; these end by themselves after 10 s, and not as timed out."""
+    monkeypatch.setattr(registered, "Client", functools.partial(client_module.Client, timeout=2.0, attempts=100))
+
+    def script() -> Iterator[Step]:
+        yield silence
+        yield drip
+        yield from (shifted(k) for k in itertools.count())
+
+    with serving(script()) as running:
+        assert discover(running.url, tmp_path, "--budget", "2") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["counts"]["evaluated"] == 2
+    assert report["calls"]["failures"].keys() == {"timed out"}
+    assert report["calls"]["failures"]["timed out"] >= 2
+
+
+@pytest.mark.parametrize("dead", [fails(500), fails(401)])
 def test_a_dead_server_ends_the_search_with_a_report(
     dead: Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,10 +130,8 @@ def test_a_dead_server_ends_the_search_with_a_report(
         while True:
             yield dead
 
-    began = time.monotonic()
     with serving(script()) as running:
         assert discover(running.url, tmp_path, "--budget", "5") == 1
-    assert time.monotonic() - began < 60
     told = " ".join(capsys.readouterr().err.split())
     assert "the search ended early: " in told and "Traceback" not in told
     report = json.loads((tmp_path / "report.json").read_text())
