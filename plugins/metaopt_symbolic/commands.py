@@ -109,7 +109,7 @@ def rule(
 @discover.command("funnel")
 def funnel_(
     directory: Annotated[Path, typer.Argument(help="Directory of a search: OUT of metaopt discover rule.")],
-    most: Annotated[int, typer.Option(help="How many of the elites take part, of those alike the best.", min=1)] = 6,
+    most: Annotated[int, typer.Option(help="How many of the elites take part, of those alike the best.", min=1)] = 5,
     storage: Annotated[str | None, typer.Option(help="URL of the archive, if the search had one.")] = None,
     device: Device = "cpu",
 ) -> None:
