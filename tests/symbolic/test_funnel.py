@@ -16,6 +16,7 @@ from metaopt.task import Task
 from metaopt_symbolic import funnel as module
 from metaopt_symbolic.baselines import baselines, family, tuned_start
 from metaopt_symbolic.cascade import Cascade, Stage
+from metaopt_symbolic.champion import write_champion
 from metaopt_symbolic.evaluate import train
 from metaopt_symbolic.funnel import Gate, distinct, funnel, usual_gates
 from metaopt_symbolic.genome import SEEDS, parse
@@ -163,3 +164,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     facts = json.loads((tmp_path / "funnel.json").read_text())
     assert parse(facts["champion"]) == parse((tmp_path / "champion.txt").read_text())
     assert {r["contender"] for r in facts["gates"]["small"]} > {"adamw", "lion"}
+    (tmp_path / "funnel.json").write_text(json.dumps({**facts, "found": SEEDS["rmsprop"]}))
+    simplified, _ = write_champion(tmp_path, tolerance=0.0, evolution=0)
+    assert "shrink = mul(w, 0.3)" in simplified.genome.text()  # which no short run misses
