@@ -277,12 +277,12 @@ class _RuleWriter(Writer):
 
 
 def _elementwise(arguments: Sequence[str], body: Sequence[str]) -> str:
-    head = f"    def elementwise(self, {', '.join(f'{name}: Any' for name in arguments)}) -> Any:  # type: ignore[override]"
+    head = f"    def elementwise(self, {', '.join(f'{name}: Any' for name in arguments)}) -> Any:"
     if len(head) > _WIDTH:
         entries = f"        self, {', '.join(f'{name}: Any' for name in arguments)}\n"
         if len(entries) > _WIDTH:
             entries = "".join(f"        {name},\n" for name in ["self", *(f"{name}: Any" for name in arguments)])
-        head = f"    def elementwise(  # type: ignore[override]\n{entries}    ) -> Any:"
+        head = f"    def elementwise(\n{entries}    ) -> Any:"
     lines = [f"        {line}" for line in ['"""See the class."""', *body]]
     return "\n".join(["", head, *lines, ""])
 

@@ -36,7 +36,7 @@ class Champion(ElementwiseRule):
     weight_decay: float = hyper(0.3, 0.0, scale="log", search=(0.003, 30.0), doc="weight decay")
     slots = ("m", "v")
 
-    def elementwise(  # type: ignore[override]
+    def elementwise(
         self, param: Any, grad: Any, m: Any, v: Any, lr: Any, beta1: Any, beta2: Any, weight_decay: Any
     ) -> Any:
         """See the class."""
