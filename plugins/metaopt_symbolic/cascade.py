@@ -170,7 +170,7 @@ class Cascade:
         else:
             best = by_multiplier.mean(2).argmin(1)[:, None].expand(-1, len(losses))
         own = by_multiplier.gather(1, best[:, None]).squeeze(1)
-        middle = best.sort(1).values[:, (len(losses) - 1) // 2]  # torch 2.13's median of int64 is wrong on some CPUs
+        middle = best.sort(1).values[:, (len(losses) - 1) // 2]  # torch 2.13: the median of an expanded tensor is wrong
         multipliers = np.asarray(stage.multipliers)[middle.numpy()]
         return own.numpy(), multipliers, torch.stack(diverged).mean(0).numpy()
 
