@@ -49,7 +49,7 @@ class Paid:
         with self._lock:  # calls that are under way at a kill are another test's
             if self._ledger.reply(key) is None:
                 call = self._ledger.ask(key, {}, Charge(calls=1))
-                self._ledger.answered(call, {"shift": int(key[:4], 16) / 20000}, Charge(calls=1))
+                self._ledger.answered(call, {"shift": int(key[:4], 16) / 20000 - 1.6}, Charge(calls=1))
             reply = self._ledger.reply(key)
         assert reply is not None
         source = f"def loss(rho, beta):\n    return F.softplus({reply['shift']} - beta * rho)"
@@ -245,6 +245,31 @@ def test_workers_take_in_each_others_best(tmp_path: Path) -> None:
     assert {e.worker for e in Archive(tmp_path, STUDY, None).elites()} == {0, 1}
     assert workers(tmp_path) == [0, 1]
     assert [c.digest for c in load(tmp_path, 1)] == [c.digest for c in again.candidates]
+
+
+def test_workers_that_know_nothing_of_each_other_do_not_draw_the_same(tmp_path: Path) -> None:
+    with searching(tmp_path / "x", mutator) as first, searching(tmp_path / "y", mutator, worker=1) as second:
+        first.run(evaluations=3)
+        second.run(evaluations=3)
+    drawn = [{c.digest for c in loop.candidates if c.proposal} for loop in (first, second)]
+    assert [len(each) for each in drawn] == [3, 3]
+    assert drawn[0] != drawn[1]
+
+
+def test_what_others_find_between_a_kill_and_a_resume_costs_no_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the killed round had asked is asked again as it was, though there are guests now that it would have seen."""
+    with monkeypatch.context() as patched:
+        dies(patched, Loop, "_admit", 1)
+        with pytest.raises(Killed), searching(tmp_path, Paid, worker=1) as killed:
+            killed.run(evaluations=9)
+    with searching(tmp_path, Paid) as other:
+        other.run(evaluations=9)
+    with searching(tmp_path, Paid, worker=1) as again:
+        again.run(evaluations=9)
+    assert any(c.proposal and c.proposal.proposer == "worker 0" for c in again.candidates)
+    assert Paid(LossValidator(), tmp_path, 1).close() == again.counts.proposed
 
 
 def test_workers_at_once_ask_different_things_and_pay_themselves(tmp_path: Path) -> None:
