@@ -45,7 +45,7 @@ def test_a_search_inserts_them_when_asked_to() -> None:
     assert all(called[NUMBER_OF[name]] > of_parents[NUMBER_OF[name]] for name in MATRICES)
     searchers: list[Callable[..., Any]] = [Evolution, RandomSearch]
     for searcher in searchers:
-        with pytest.raises(ValueError, match="functions must be one of paper, all, matrix, got 'none'"):
+        with pytest.raises(ValueError, match="functions must be one of paper, all, matrix, losses, got 'none'"):
             searcher(functions="none")
 
 
