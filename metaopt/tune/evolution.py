@@ -29,7 +29,7 @@ class Evolution(Method):
     pairs: int = option(8, low=1, doc="N")
     sigma: float = hyper(0.01, 0.0, open_low=True, scale="log", doc="of the perturbations")
     copies: int = option(1, low=1, doc="runs at a time")
-    seed: int = option(0, low=0, doc="of the perturbations")
+    seed: int = option(0, low=0, doc="of the perturbations; an outer loop adds its step")
 
     def run(self, inner: Inner, outer: Outer, hypers: Hypers) -> Hypergradient:
         """Train at the hypers and around them."""

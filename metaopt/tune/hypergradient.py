@@ -121,8 +121,9 @@ METHODS: Mapping[str, type[Method]] = _Methods()
 
 
 def hypergradient(
-    inner: Inner, outer: Outer, hypers: Hypers, method: str = "auto", *, memory: float | None = None, **options: Any
-) -> Hypergradient:
+    inner: Inner, outer: Outer, hypers: Hypers, method: str = "auto", *, memory: float | None = None, draw: int = 0,
+    **options: Any,
+) -> Hypergradient:  # fmt: skip
     """``outer(params after training, hypers)`` and its derivative with respect to the hypers.
 
     Works under ``torch.vmap`` (over problems), in any floating dtype, on any device.
@@ -134,6 +135,7 @@ def hypergradient(
         method: one of `METHODS` (``metaopt list hypergradients``), or "auto": the cheapest exact one that fits, where there is
             one (see `metaopt.tune.planner.choose`); ``diagnostics["why"]`` gives the reason.
         memory: for "auto": bytes that may be used; None: 2 GiB.
+        draw: its number: methods that use random numbers draw others at each outer step.
         **options: of the method, such as ``window=10`` for "truncated".
 
     Raises:
@@ -157,6 +159,9 @@ def hypergradient(
             choice = choose(inner, outer, hypers, memory)
             method, inner, why["why"], options = choice.method, choice.inner, choice.why, {**choice.options, **options}
         chosen: Method = registry.create("hypergradient", method, **options)
+        seed = getattr(chosen, "seed", None)
+        if seed is not None:
+            chosen = replace(chosen, **{"seed": seed + draw})
         require(inner, method, chosen.needs)
         found = chosen.run(inner, outer, hypers)
         facts = {"method": method, **why, **found.diagnostics}

@@ -203,7 +203,8 @@ class _Loop:
         outer = functools.partial(self.problem.outer, step=step)
         line: Line = {"step": step}
         if step < self.config.steps:
-            found = hypergradient(inner, outer, self.hypers, self.config.method, **self.config.method_options)
+            options = self.config.method_options
+            found = hypergradient(inner, outer, self.hypers, self.config.method, draw=step, **options)
             params, value, diagnostics = found.params, found.value, found.diagnostics
             if self.config.start == "warm":
                 self.inner_state = found.state

@@ -66,8 +66,11 @@ CONFIG = OuterConfig(method="unroll", steps=120, rule="momentum", lr=0.05, check
         dataclasses.replace(CONFIG, rule="nesterov", method="replay"),
         dataclasses.replace(CONFIG, method="cg", method_options={"iterations": 3}, start="warm"),
         dataclasses.replace(CONFIG, method="cg", method_options={"iterations": 3}, tolerance=0.5, tolerance_decay=0.85),
+        dataclasses.replace(
+            CONFIG, rule="sgd", lr=0.2, method="es", method_options={"pairs": 1}
+        ),  # another direction each time
     ],
-    ids=["unroll", "replay", "warm", "tolerance"],
+    ids=["unroll", "replay", "warm", "tolerance", "es"],
 )
 def test_reaches_the_optimum_in_closed_form(config: OuterConfig) -> None:
     result = solve(Quadratic(steps=25 if config.start == "cold" and config.tolerance is None else 5), config)
