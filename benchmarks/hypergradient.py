@@ -6,7 +6,7 @@ One thread, processor time, methods interleaved round by round; the minimum coun
 above what was there before, counted operation by operation in a run of its own. Problems: data hyper-cleaning (softmax
 regression, 5,000 x 784 samples with a weight each, 2,000 for validation, T = 100 steps on all of them) and ridge regression
 with 1,000 penalties (2,000 x 1,000, T = 100). ``growth`` is a small problem at T = 100 to 10,000; ``agreement`` a ridge
-regression whose hypergradient has a formula. Peers, where installed: TorchOpt, higher.
+regression whose hypergradient has a formula. Peers, where installed: TorchOpt, higher, Betty, hypergrad.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,7 +150,78 @@ def higher(problem: Problem) -> Tensor:
         return torch.autograd.grad(problem.outer(functional()), hypers)[0]
 
 
-PEERS = {"TorchOpt": ("torchopt", torchopt), "higher": ("higher", higher)}
+PRODUCTS = 20
+"""Hessian products of the peers' inverses, as many as ours make by default."""
+
+
+def betty(kind: str) -> Callable[[Problem], Tensor]:
+    """Two levels of Betty's engine until the first outer step, which subtracts the hypergradient."""
+
+    def run(problem: Problem) -> Tensor:
+        from betty.configs import Config, EngineConfig
+        from betty.engine import Engine
+        from betty.problems import ImplicitProblem
+
+        class Values(torch.nn.Module):
+            def __init__(self, values: Tensor) -> None:
+                super().__init__()
+                self.values = torch.nn.Parameter(values.clone())
+
+            def forward(self) -> Tensor:
+                return self.values * 1
+
+        class Level(ImplicitProblem):
+            def training_step(self, batch: Any) -> Tensor:
+                if self.name == "outer":
+                    return problem.outer(self.inner())
+                return problem.loss(self.module(), self.outer())
+
+        def level(name: str, values: Tensor, rate: float, config: Any) -> Any:
+            module = Values(values)
+            optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+            nothing = [(torch.zeros(1),)]
+            return Level(
+                name=name, config=config, module=module, optimizer=optimizer, train_data_loader=nothing, device="cpu"
+            )
+
+        options = {
+            "cg": {"cg_iterations": PRODUCTS},
+            "neumann": {"neumann_iterations": PRODUCTS, "neumann_alpha": problem.rate},
+        }
+        outer = level("outer", problem.hypers, 1.0, Config(retain_graph=True))
+        inner = level(
+            "inner", problem.start, problem.rate, Config(type=kind, unroll_steps=problem.steps, **options[kind])
+        )
+        depends = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
+        Engine([outer, inner], EngineConfig(train_iters=problem.steps), depends).run()
+        return problem.hypers - outer.module.values.detach()
+
+    return run
+
+
+def hypergrad(kind: str) -> Callable[[Problem], Tensor]:
+    """Training, and hypergrad's inverse."""
+
+    def run(problem: Problem) -> Tensor:
+        from hypergrad import approx_hypergrad as peer
+
+        (grad,) = getattr(peer, kind)(
+            lambda w, h: problem.loss(w[0], h[0]), lambda w, h: problem.outer(w[0]), (trained(problem),), (problem.hypers,),
+            PRODUCTS, problem.rate,
+        )  # fmt: skip
+        return grad
+
+    return run
+
+
+PEERS = {
+    "TorchOpt unroll": ("torchopt", torchopt),
+    "higher unroll": ("higher", higher),
+    "Betty cg": ("betty", betty("cg")),
+    "Betty neumann": ("betty", betty("neumann")),
+    "hypergrad cg": ("hypergrad", hypergrad("conjugate_gradient")),
+    "hypergrad neumann": ("hypergrad", hypergrad("neumann")),
+}
 
 
 def ours(method: str, **options: Any) -> Callable[[Problem], Tensor]:
@@ -168,7 +241,7 @@ def contenders() -> dict[str, Callable[[Problem], Tensor]]:
             importlib.import_module(module)
         except ImportError:
             continue
-        found[f"{name} unroll"] = run
+        found[name] = run
     return found | {
         "unroll": ours("unroll"),
         "checkpoint": ours("checkpoint"),
@@ -211,9 +284,13 @@ class PeakMemory(TorchDispatchMode):
         self.now -= self._sizes.pop(at)
 
 
-def peak(run: Callable[[], object]) -> int:
-    with PeakMemory() as counted:
-        run()
+def peak(run: Callable[[], object]) -> int | None:
+    """Bytes at the peak; None of what runs inside `torch.func`, whose tensors show no storage."""
+    try:
+        with PeakMemory() as counted:
+            run()
+    except RuntimeError:
+        return None
     return counted.peak
 
 
@@ -296,7 +373,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     for row in results["cleaning"]:
         measured.append(
             f"| {row['method']} | {row['seconds']:.2f} | {row['seconds'] / raw_row['seconds']:.2f} "
-            f"| {row['bytes'] / 1e6:.1f} | {row['bytes'] / raw_row['bytes']:.2f} |"
+            f"| {_megabytes(row, 1)} | {_share(row, raw_row, 2)} |"
         )
     names = [name for name in results["growth"][0] if name != "steps"]
     grown = [f"| T | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -305,13 +382,21 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     return {"agreement": "\n".join(agreed), "cleaning": "\n".join(measured), "growth": "\n".join(grown)}
 
 
+def _megabytes(row: dict[str, Any], digits: int) -> str:
+    return "?" if row["bytes"] is None else f"{row['bytes'] / 1e6:.{digits}f}"
+
+
+def _share(row: dict[str, Any], of: dict[str, Any], digits: int) -> str:
+    return "?" if row["bytes"] is None else f"{row['bytes'] / of['bytes']:.{digits}f}"
+
+
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     reference = next(row for row in rows if row["method"] == "raw autograd unroll")
     table = Table("", "CPU s", "of raw", "peak MB", "of raw", "error to raw", "cosine", title=title)
     for row in rows:
         table.add_row(
             row["method"], f"{row['seconds']:.2f}", f"{row['seconds'] / reference['seconds']:.2f}",
-            f"{row['bytes'] / 1e6:.2f}", f"{row['bytes'] / reference['bytes']:.3f}",
+            _megabytes(row, 2), _share(row, reference, 3),
             f"{row['error']:.1e}" if "error" in row else "", f"{row['cosine']:.3f}" if "cosine" in row else "",
         )  # fmt: skip
     console.print(table)
@@ -324,6 +409,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hypergradient.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.INFO)  # Betty tells each run
+    warnings.simplefilter("ignore", FutureWarning)  # hypergrad uses functorch
     console = Console(width=120)
     report: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for part in arguments.only:
