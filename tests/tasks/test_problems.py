@@ -183,6 +183,18 @@ def test_a_warm_start_passes_the_bound_of_all_cold_ones() -> None:
     assert cold["error"] >= cold["cold_bound"] - 1e-9
 
 
+def test_schedules_are_kept_by_the_same_runs_at_each_step() -> None:
+    made = problem("task_schedule", steps=3, knots=2, task="python_lm_tiny", holdout_runs=2)
+    hypers = made.hypers(torch.Generator())
+    assert made.holdout({}, hypers) == made.holdout({}, hypers) != made.holdout({}, {"log_lr": hypers["log_lr"] + 1})
+
+
+def test_a_schedule_begins_as_asked() -> None:
+    made = problem("task_schedule", steps=5, knots=3, initial=(1e-2, 2e-2, 1e-3))
+    rates = made.rate(made.hypers(torch.Generator())["log_lr"], 2)
+    torch.testing.assert_close(rates, torch.tensor(2e-2))
+
+
 def test_a_schedule_is_interpolated_between_its_knots() -> None:
     made = problem("task_schedule", steps=5, knots=3)
     logs = torch.tensor([0.0, -1.0, -3.0])
@@ -199,6 +211,8 @@ def test_a_schedule_is_interpolated_between_its_knots() -> None:
         ("layer_decay", {"per": "neuron"}, "per must be one of parameter, layer, all, got 'neuron'"),
         ("quadratic_schedule", {"steps": 24}, r"steps must be in \[1, 23\], got 24"),
         ("task_schedule", {"knots": 1}, r"knots must be in \[2, 100\], got 1"),
+        ("task_schedule", {"initial": (1e-3, 1e-4)}, "initial has 2 learning rates, but knots is 8; give one for each"),
+        ("task_schedule", {"holdout_runs": 0}, "holdout_runs must be at least 1, got 0"),
     ],
 )
 def test_arguments_are_checked(name: str, arguments: dict[str, Any], message: str) -> None:

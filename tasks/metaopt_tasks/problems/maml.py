@@ -58,8 +58,16 @@ class MamlSine(BilevelProblem):
         return self.errors(params, self.points("train", step, self.episodes)[1]).mean()
 
     def report(self, params: Params, hypers: Hypers) -> dict[str, float]:
-        """Mean squared error over 600 other sines after 0, 1 and 10 steps: ``error_0``, ``error_1``, ``error_10``."""
-        return {f"error_{steps}": float(self.test_errors(hypers, steps).mean()) for steps in (0, 1, 10)}
+        """Mean squared error over 600 other sines after 0, 1 and 10 steps: ``error_0``, ``error_1``, ``error_10``.
+
+        Sines on which so many steps diverge do not count in the mean: ``diverged_10`` and so on are their numbers.
+        """
+        found = {}
+        for steps in (0, 1, 10):
+            errors = self.test_errors(hypers, steps)
+            finite = errors.isfinite()
+            found |= {f"error_{steps}": float(errors[finite].mean()), f"diverged_{steps}": float((~finite).sum())}
+        return found
 
     def test_errors(self, hypers: Hypers, steps: int, episodes: int = 600) -> Tensor:
         """Mean squared error [episodes] on sines that no outer step sees, after so many steps; judged at 100 points each."""

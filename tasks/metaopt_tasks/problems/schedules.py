@@ -18,6 +18,8 @@ from metaopt.tune import Hypers, Inner
 from metaopt.tune.outer import run
 from metaopt.tune.problem import BilevelProblem
 
+_HOLDOUT = 1_000_000  # where the seeds of holdout runs begin, which no outer step has
+
 
 @dataclass(frozen=True)
 class QuadraticSchedule(BilevelProblem):
@@ -114,16 +116,18 @@ class TaskSchedule(BilevelProblem):
     """A learning-rate schedule for runs of a registered task.
 
     Hypers: ``log_lr`` [knots], interpolated over the run. Each outer step is another run (seed of parameters and batches), so
-    the schedule cannot learn one run by heart. The outer objective is the loss on the first half of the task's valid part,
-    the holdout the second half.
+    the schedule cannot learn one run by heart. The outer objective is the loss on the first half of the task's valid part, the
+    holdout that on the second half after ``holdout_runs`` other runs, the same at each outer step: a single run's loss tells
+    more of its seed than of the schedule. At good learning rates the gradient of a run explodes (chaos): ``method="es"``.
 
     Attributes:
         task: its name (``metaopt list tasks``).
         rule: what trains it.
         steps: of a run.
         knots: of the schedule.
-        initial: learning rate at the first knot; the last one begins at a tenth of it.
+        initial: learning rate at the first knot, where the last one begins at a tenth of it; or those at all knots.
         judged: examples of each half, and a quarter of those of the test.
+        holdout_runs: see above.
         seed: of the first run.
     """
 
@@ -132,11 +136,18 @@ class TaskSchedule(BilevelProblem):
     rule: str = "adamw"
     steps: int = 100
     knots: int = 8
-    initial: float = 3e-3
+    initial: float | tuple[float, ...] = 3e-3
     judged: int = 64
+    holdout_runs: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.holdout_runs < 1:
+            raise ValueError(f"holdout_runs must be at least 1, got {self.holdout_runs}")
+        if isinstance(self.initial, tuple) and len(self.initial) != self.knots:
+            raise ValueError(
+                f"initial has {len(self.initial)} learning rates, but knots is {self.knots}; give one for each"
+            )
         if not 2 <= self.knots <= self.steps:
             raise ValueError(f"knots must be in [2, {self.steps}], got {self.knots}: at most one for each step")
 
@@ -147,7 +158,9 @@ class TaskSchedule(BilevelProblem):
         return task
 
     def hypers(self, generator: Generator) -> Hypers:
-        """A linear decay of the logarithm to a tenth."""
+        """``initial``; a linear decay of the logarithm to a tenth, where it is one number."""
+        if isinstance(self.initial, tuple):
+            return {"log_lr": torch.tensor(self.initial).log()}
         return {"log_lr": math.log(self.initial) - math.log(10) * torch.linspace(0, 1, self.knots)}
 
     def inner(self, step: int) -> Inner:
@@ -172,8 +185,9 @@ class TaskSchedule(BilevelProblem):
         return self.loss(params, "outer")
 
     def holdout(self, params: Params, hypers: Hypers) -> Tensor | None:
-        """Loss on the second half of valid."""
-        return self.loss(params, "holdout")
+        """Mean loss on the second half of valid."""
+        first = self.seed + _HOLDOUT
+        return torch.stack([self._judged(hypers, first + i, "holdout") for i in range(self.holdout_runs)]).mean()
 
     def loss(self, params: Params, part: str) -> Tensor:
         """Of the task, on ``outer``, ``holdout`` or ``test``."""
@@ -181,9 +195,12 @@ class TaskSchedule(BilevelProblem):
 
     def test_loss(self, hypers: Hypers, seed: int) -> float:
         """Of a fresh run under the schedule, on the task's test part."""
+        return float(self._judged(hypers, seed, "test"))
+
+    def _judged(self, hypers: Hypers, seed: int, part: str) -> Tensor:
         inner = self.training(seed)
         with torch.no_grad():
-            return float(self.loss(inner.params(run(inner, hypers)), "test"))
+            return self.loss(inner.params(run(inner, hypers)), part)
 
     @cached_property
     def _parts(self) -> dict[str, Batch]:
