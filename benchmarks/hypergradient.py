@@ -36,12 +36,23 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from metaopt.rule import ElementwiseRule
+from metaopt.space import learning_rate
 from metaopt.tune import METHODS, Hypers, Inner, hypergradient
-from metaopt_classic.sgd import SGD
 
 GROWTH = (100, 1000, 10000)
 PARTS = ("agreement", "cleaning", "ridge", "growth")
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class GradientDescent(ElementwiseRule):
+    """``w - lr * g``, which all contenders train with; `metaopt_classic.sgd.SGD` holds a buffer for momentum as well."""
+
+    lr: float = learning_rate(0.1, search=(1e-3, 10.0))
+
+    def elementwise(self, param: Any, grad: Any, lr: Any) -> Any:
+        """See the class."""
+        return param - lr * grad
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Problem:
     @cached_property
     def inner(self) -> Inner:
         return Inner.of_rule(
-            lambda p, h, _: self.loss(p["w"], h["l"]), SGD(lr=self.rate), {"w": self.start}, self.steps
+            lambda p, h, _: self.loss(p["w"], h["l"]), GradientDescent(lr=self.rate), {"w": self.start}, self.steps
         )
 
 

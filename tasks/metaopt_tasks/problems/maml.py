@@ -62,7 +62,7 @@ class MamlSine(BilevelProblem):
 
         Sines on which so many steps diverge do not count in the mean: ``diverged_10`` and so on are their numbers.
         """
-        found = {}
+        found: dict[str, float] = {}
         for steps in (0, 1, 10):
             errors = self.test_errors(hypers, steps)
             finite = errors.isfinite()
