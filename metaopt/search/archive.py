@@ -51,8 +51,8 @@ class Archive:
         storage: URL of any Optuna storage (``sqlite:///...``, ``postgresql://...``).
 
     Raises:
-        ValueError: Optuna is not installed, the study is of a search with other settings, or there is none whose settings
-            could be taken.
+        ValueError: Optuna is not installed, the storage cannot be opened, the study is of a search with other settings, or
+            there is none whose settings could be taken.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Archive:
             import optuna
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
+            from sqlalchemy.exc import SQLAlchemyError
         except ImportError as error:
             raise ValueError("a search needs the extra 'tune': pip install 'torch-metaopt[tune]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,10 +70,16 @@ class Archive:
             directory.mkdir(parents=True, exist_ok=True)
         elif storage is None and not (directory / STUDY_FILE).is_file():
             raise ValueError(f"{directory} holds no search; make one with metaopt discover rule --out {directory}")
-        self._study = optuna.create_study(
-            storage=storage or JournalStorage(JournalFileBackend(str(directory / STUDY_FILE))),
-            study_name=name, direction="minimize", load_if_exists=True,
-        )  # fmt: skip
+        try:
+            self._study = optuna.create_study(
+                storage=storage or JournalStorage(JournalFileBackend(str(directory / STUDY_FILE))),
+                study_name=name, direction="minimize", load_if_exists=True,
+            )  # fmt: skip
+        except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the storage cannot be opened: {reason}; give the URL of an Optuna storage, such as sqlite:///search.db"
+            ) from None
         asked = json.loads(json.dumps(settings or {}))
         if settings is None:
             asked = self._study.user_attrs.get("settings", asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -152,15 +153,16 @@ class Price:
     """Money per million tokens, declared by the user: a price list in a program is out of date.
 
     Raises:
-        ValueError: a negative price.
+        ValueError: a price that is negative or no number.
     """
 
     input: float = 0.0
     output: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.input >= 0 and self.output >= 0):
-            raise ValueError(f"prices must be at least 0 per million tokens, got {self.input} and {self.output}")
+        for price in (self.input, self.output):
+            if not (isinstance(price, (int, float)) and 0 <= price < math.inf):
+                raise ValueError(f"prices must be numbers of at least 0, in money per million tokens, got {price!r}")
 
     def of(self, input_tokens: int, output_tokens: int) -> Charge:
         """One call's charge."""

@@ -69,9 +69,21 @@ def key_auth(key_env: str, header: str, prefix: str = "") -> KeyFromEnvironment 
     """
     if not key_env:
         return None
-    if not os.environ.get(require_key_name(key_env)):
-        raise ChatError(f"the environment variable {key_env} is not set; put the server's key there", kind="no key")
+    try:
+        require_key(key_env)
+    except ValueError as error:
+        raise ChatError(str(error), kind="no key") from None
     return KeyFromEnvironment(header, key_env, prefix)
+
+
+def require_key(key_env: str) -> None:
+    """Do nothing, if the environment variable ``key_env`` holds a key.
+
+    Raises:
+        ValueError: it is not set, or its name is refused by `metaopt.search.keys.require_key_name`.
+    """
+    if not os.environ.get(require_key_name(key_env), "").strip():
+        raise ValueError(f"the environment variable {key_env} is not set; put the server's key there")
 
 
 def post_json(

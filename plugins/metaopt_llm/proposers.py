@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from metaopt.search import Proposal, Request, Validator
@@ -43,10 +44,12 @@ class LLMProposer:
         temperature: float | None = 1.0,
         max_tokens: int = 2048,
     ) -> None:
-        if examples < 0 or repairs < 0 or max_tokens < 1 or not (temperature is None or temperature >= 0):
+        for what, number, least in (("examples", examples, 0), ("repairs", repairs, 0), ("max_tokens", max_tokens, 1)):
+            if not (isinstance(number, int) and number >= least):
+                raise ValueError(f"{what} must be an integer of at least {least}, got {number!r}")
+        if temperature is not None and not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
             raise ValueError(
-                f"examples, repairs and temperature must be at least 0 and max_tokens at least 1, got {examples}, {repairs}, "
-                f"{temperature} and {max_tokens}"
+                f"temperature must be a number of at least 0, or None for the server's own, got {temperature!r}"
             )
         self.name = name
         self._client, self._form, self._validate = client, form, validate

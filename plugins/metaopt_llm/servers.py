@@ -50,7 +50,8 @@ class OpenAIServer:
         dialect: one of `DIALECTS`.
 
     Raises:
-        ValueError: an unknown dialect, a URL that is none or holds a password, a key_env that `metaopt.search.keys` refuses.
+        ValueError: no model, an unknown dialect, a URL that is none or holds a password, a key_env that
+            `metaopt.search.keys` refuses.
     """
 
     model: str
@@ -61,7 +62,7 @@ class OpenAIServer:
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
             raise ValueError(f"dialect must be one of {list(DIALECTS)}, got {self.dialect!r}")
-        _check(self.base_url, self.key_env)
+        _check(self.model, self.base_url, self.key_env)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -123,7 +124,7 @@ class AnthropicServer:
         key_env: name of the environment variable that holds the key.
 
     Raises:
-        ValueError: a URL that is none or holds a password, a key_env that `metaopt.search.keys` refuses.
+        ValueError: no model, a URL that is none or holds a password, a key_env that `metaopt.search.keys` refuses.
     """
 
     model: str
@@ -131,7 +132,7 @@ class AnthropicServer:
     key_env: str = "ANTHROPIC_API_KEY"
 
     def __post_init__(self) -> None:
-        _check(self.base_url, self.key_env)
+        _check(self.model, self.base_url, self.key_env)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -173,7 +174,9 @@ class AnthropicServer:
             raise _unreadable(url, error) from None
 
 
-def _check(base_url: str, key_env: str) -> None:
+def _check(model: str, base_url: str, key_env: str) -> None:
+    if not (isinstance(model, str) and model):
+        raise ValueError(f"model must be the name of a model of {base_url}, got {model!r}; give model=NAME")
     require_url(base_url)
     if key_env:
         require_key_name(key_env)

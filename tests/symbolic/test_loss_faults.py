@@ -164,6 +164,34 @@ def test_a_search_ends_when_its_calls_are_used_up(tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "report.json").read_text())["counts"]["evaluated"] == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        (["--set", "model=tiny"], "the environment variable OPENAI_API_KEY is not set"),
+        (["--set", "model=tiny", "--set", "key_env=MY_TOKEN"], "the environment variable MY_TOKEN is not set"),
+        (["--set", "key_env="], "model must be the name of a model of https://api.openai.com/v1, got ''"),
+        (["--set", "model=tiny", "--set", "base_url=nonsense"], "base_url must be an http or https URL"),
+        (["--set", "model=tiny", "--set", "key_env=", "--set", "tempo=1"], "openai takes no option 'tempo'; beside those of"),
+        (["--set", "model=tiny", "--set", "price_input=cheap"], "prices must be numbers of at least 0"),
+        (["--set", "model=tiny", "--set", "key_env=", "--set", "temperature=hot"], "temperature must be a number"),
+        (["--set", "model=tiny", "--set", "key_env=", "--set", "repairs=1.5"], "repairs must be an integer of at least 0"),
+        (["--set", "model=tiny", "--set", "key_env=", "--storage", "nonsense"], "the storage cannot be opened: "),
+    ],
+)  # fmt: skip
+def test_what_no_server_could_answer_is_refused_before_anything_is_trained(
+    given: list[str], wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("OPENAI_API_KEY", "MY_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def trains(*_: Any) -> None:
+        raise AssertionError("something is trained")
+
+    monkeypatch.setattr(judge_module.Judge, "scores", trains)
+    assert main(["discover", "loss", "--proposer", "openai", "--out", str(tmp_path), *given]) == 2
+    assert wrong in " ".join(capsys.readouterr().err.split())
+
+
 # -- prompts ---------------------------------------------------------------------------------------------------------------
 
 

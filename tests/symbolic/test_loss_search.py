@@ -336,7 +336,7 @@ def test_a_search_on_the_command_line_and_what_it_shows(
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "search.png").is_file() and "return" in (out / "champion.py").read_text()
     assert main(["show", "nobody", "--from", str(out)]) != 0
-    assert "no candidate 'nobody'" in capsys.readouterr().err
+    assert "no candidate 'nobody'" in (told := capsys.readouterr().err) and "the best are " in told
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,7 @@ def test_a_search_on_the_command_line_and_what_it_shows(
         (["discover", "loss", "--set", "model=x"], "are of language models"),
         (["discover", "loss", "--proposer", "mutator,mutator"], "a proposer takes part once"),
         (["discover", "loss", "--task", "digits"], "for the task preference, got 'digits'"),
+        (["discover", "loss", "--proposer", "openai", "--money", "1"], "money is counted by prices per million tokens"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_at_once(

@@ -21,7 +21,7 @@ def distill(
             "meta-parameters or zoo:NAME."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory of what is written.")] = Path("runs/distilled"),
+    out: Annotated[Path, typer.Option(help="Directory of what is written.", file_okay=False)] = Path("runs/distilled"),
     budget: Annotated[
         str,
         typer.Option(help="Structures whose numbers are fitted (5000) or time (2m), for each piece of the formula."),

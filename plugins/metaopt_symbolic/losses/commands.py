@@ -16,6 +16,9 @@ GOAL = (
 )
 """What proposers are told."""
 
+NAMED = 5
+"""Of how many candidates an error gives the names."""
+
 
 def loss(
     task: Annotated[str, typer.Option(help="What losses are for: preference.")] = "preference",
@@ -25,9 +28,9 @@ def loss(
     budget: Annotated[
         str, typer.Option(help="Time (90s, 20m, 2h) or a number of losses to train with (200), earlier runs included.")
     ] = "200",
-    out: Annotated[Path, typer.Option(help="Directory of the search; one that holds a search goes on.")] = Path(
-        "runs/losses"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Directory of the search; one that holds a search goes on.", file_okay=False)
+    ] = Path("runs/losses"),
     calls: Annotated[int | None, typer.Option(help="Calls of language models at most.", min=0)] = None,
     money: Annotated[
         float | None, typer.Option(help="What these may cost, by --set price_input and price_output.", min=0)
@@ -123,9 +126,8 @@ def show(
     else:
         found = [pair for pair in searched if candidate == pair[0].name or pair[0].digest.startswith(candidate)]
     if not found:
-        raise ValueError(
-            f"there is no candidate {candidate!r} in {directory}; best is one, and report.json has their names"
-        )
+        names = [c.name for c, _ in sorted(searched, key=lambda pair: pair[0].score.loss)[:NAMED]]
+        raise ValueError(f"there is no candidate {candidate!r} in {directory}; the best are {', '.join(names)}")
     shown, candidates = found[0]
     console = Console()
     for text in [*report.described(shown), "", *report.lineage(shown, candidates)]:

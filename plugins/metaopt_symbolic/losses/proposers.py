@@ -42,7 +42,8 @@ def proposing(
         worker: number of this process among those that share the search; each has a ledger, and limits, of its own.
 
     Raises:
-        ValueError: a proposer of something else, a name given twice, or options that no language model takes.
+        ValueError: a proposer of something else, a name given twice, options that no language model takes, or money without
+            prices.
     """
     tags = {name: registry.get("proposer", name).tags for name in names}
     for name in names:
@@ -55,6 +56,8 @@ def proposing(
     models = [name for name in names if "llm" in tags[name]]
     if not models and (options or calls is not None or money is not None):
         raise ValueError("options, calls and money are of language models; name one of them, or leave these out")
+    if money is not None and not (options.get("price_input") or options.get("price_output")):
+        raise ValueError("money is counted by prices per million tokens, got none; give price_input and price_output")
     path = ledger_file(directory, worker) if models else None
     with closing(Ledger(path, Budget(calls=calls, money=money))) as ledger:
         asked = {"language": "preference_loss", "ledger": ledger, **options}
