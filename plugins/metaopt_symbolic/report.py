@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from metaopt_symbolic.search import Budget, Counts, Search
 PER_SECOND = 2
 """How often the live view changes."""
 
+QUIET = 30.0
+"""Seconds after which a search that tells nothing new says that it lives."""
+
 
 def describe(asked: str, judge: str, tasks: Mapping[str, Task], stages: Sequence[Stage]) -> str:
     """The judge of a search in words, ``asked`` and ``judge`` those of the user: another text means other fitness.
@@ -41,28 +45,33 @@ def live(
     search: Search, budget: Budget, console: Console, references: Mapping[str, float]
 ) -> Iterator[Callable[[Search], None]]:
     """A table of the search that changes as it goes on; hand what it gives to `Search.run`."""
-    with watched(console, lambda: table(search, budget, references), _lines(search)) as show:
-        yield lambda _: show()
+    rows = len(search.history)
+
+    def on_generation(_: Search) -> None:
+        nonlocal rows
+        if console.is_terminal or len(search.history) > rows:  # a line for every row of the history
+            rows = len(search.history)
+            show()
+
+    with watched(console, lambda: table(search, budget, references), lambda: line(search)) as show:
+        yield on_generation
 
 
 @contextmanager
-def watched(
-    console: Console, table: Callable[[], Table], line: Callable[[], str | None]
-) -> Iterator[Callable[[], None]]:
+def watched(console: Console, table: Callable[[], Table], line: Callable[[], str]) -> Iterator[Callable[[], None]]:
     """What to call whenever a search has got on: it shows a table on terminals, lines elsewhere.
+
+    Elsewhere a search that does not get on, because a server thinks or training takes long, shows that it lives: there is a
+    line in any minute.
 
     Args:
         console: where.
         table: of the search at that moment.
-        line: of the search at that moment; None: nothing to say.
+        line: of the search at that moment.
     """
     if not console.is_terminal:
-
-        def log() -> None:
-            if (text := line()) is not None:
-                console.print(text, soft_wrap=True, highlight=False)
-
-        yield log
+        with _logged(console, line) as log:
+            yield log
         return
     last = 0.0
     with Live(table(), console=console, auto_refresh=False, transient=True) as view:
@@ -76,22 +85,36 @@ def watched(
         yield show
 
 
-def _lines(search: Search) -> Callable[[], str | None]:
-    """A line for every row of the history."""
-    told = 0
+@contextmanager
+def _logged(console: Console, line: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    told, ended = time.monotonic(), threading.Event()
 
-    def line() -> str | None:
+    def log() -> None:
         nonlocal told
-        if len(search.history) <= told:
-            return None
-        told = len(search.history)
-        c = search.counts
-        return (
-            f"{c.children:,} children, {c.unique:,} trained, {c.hits:.0%} known, {c.redundancy:.0%} redundant, "
-            f"best {search.champion.score.fitness:.4f}, {c.seconds:.0f} s"
-        )
+        told = time.monotonic()
+        console.print(line(), soft_wrap=True, highlight=False)
 
-    return line
+    def log_life() -> None:
+        while not ended.wait(QUIET):
+            if (quiet := time.monotonic() - told) >= QUIET:
+                console.print(f"{line()}; at work on the next for {quiet:.0f} s", soft_wrap=True, highlight=False)
+
+    thread = threading.Thread(target=log_life, daemon=True)
+    thread.start()
+    try:
+        yield log
+    finally:
+        ended.set()
+        thread.join()
+
+
+def line(search: Search) -> str:
+    """The state of a search in a line, for files and pipes."""
+    c = search.counts
+    return (
+        f"{c.children:,} children, {c.unique:,} trained, {c.hits:.0%} known, {c.redundancy:.0%} redundant, "
+        f"best {search.champion.score.fitness:.4f}, {c.seconds:.0f} s"
+    )
 
 
 def table(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from metaopt import registry, suite
 from metaopt.cli import main
@@ -313,3 +317,16 @@ def test_processes_at_work_at_once_lose_nothing(tmp_path: Path) -> None:
             best = json.loads(state["facts"].tobytes())["best"]
         assert {parse(one["text"]).digest for one in best} <= {elite.digest for elite in own}
     assert len({(e.worker, e.generation, e.digest) for e in elites}) == len(elites)
+
+
+def test_a_search_that_does_not_get_on_shows_in_files_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a server thinks: nohup's file would say nothing before the round has ended."""
+    monkeypatch.setattr(report, "QUIET", 0.05)
+    file, end = io.StringIO(), time.monotonic() + 60
+    with report.watched(Console(file=file), Table, lambda: "3 trained"):
+        while "3 trained; at work on the next for " not in file.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    told = file.getvalue()
+    assert told.startswith("3 trained; at work on the next for 0 s\n")
+    time.sleep(0.2)
+    assert file.getvalue() == told, "not after its end"
