@@ -16,8 +16,7 @@ from metaopt.rule import ElementwiseRule, UpdateRule
 from metaopt.task import Task
 from metaopt.unroll import start, unroll
 from metaopt_symbolic.distill import objectives, optimizers
-from metaopt_symbolic.losses.judge import margin_of, train
-from metaopt_tasks.preference import preference
+from metaopt_symbolic.losses.judge import Regime, margin_of, train
 
 LOOSE = 5.0
 """How many times the tolerance of the mean error the error of 99 % of the points may be, and that on other tasks."""
@@ -147,7 +146,7 @@ def _checks(inside: Agreement, beyond: Sequence[Agreement], tolerance: float) ->
 
 
 def _trained(target: Objective, closed: Objective) -> Check:
-    task = preference("distilled", data="preferences_noisy", seed=40)
+    task = Regime("distilled", {"data": "preferences_noisy", "seed": 40}).task()
     seeds = range(200, 200 + SEEDS)
     losses = train(task, [target, closed], horizon=120, seeds=seeds, scales=(1.0,), rates=(0.1,)).flatten(1).numpy()
     return _same("reward lost by training with it, less that with the target", losses)

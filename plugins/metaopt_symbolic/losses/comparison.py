@@ -25,12 +25,11 @@ from metaopt.files import write_atomic
 from metaopt_symbolic.genome import Assign, Genome, from_objective, parse
 from metaopt_symbolic.losses import judge
 from metaopt_symbolic.losses.candidate import BETA, INPUTS, objective, python
-from metaopt_symbolic.losses.judge import MEASURES, RATES, SCALES, Stage, margin_of, measured, train
+from metaopt_symbolic.losses.judge import MEASURES, RATES, SCALES, Regime, Stage, margin_of, measured, train
 from metaopt_symbolic.losses.loop import ELITES, load
 from metaopt_symbolic.losses.mutator import tidy
 from metaopt_symbolic.losses.report import lineage, png, sampled
 from metaopt_symbolic.simplify import folded
-from metaopt_tasks.preference import preference
 
 FILE, PICTURE, CURVES = "comparison.json", "comparison.png", "curves.png"
 REPORT = "report.json"
@@ -110,7 +109,7 @@ def _behind(seen: Sequence[Assign], genome: Genome, scalars: tuple[str, ...] = (
 
 def published(stage: Stage) -> dict[str, Contestant]:
     """DPO, IPO, SLiC, LRML and cDPO, each at the setting that is best on the tasks of ``stage``."""
-    tasks = [preference(regime.name, **regime.arguments) for regime in stage.regimes]
+    tasks = [regime.task() for regime in stage.regimes]
     settings = [*itertools.product(TUNED_SCALES, TUNED_RATES)]
     forms = {
         name: [(dict(own), from_objective(registry.create("objective", name, beta=BETA, **own))) for own in numbers]
@@ -194,7 +193,7 @@ def _measured(stage: Stage, contestants: Sequence[Contestant]) -> NDArray[np.flo
         for k, seed in enumerate(stage.seeds, 1):
             arguments = {**regime.arguments, "seed": regime.arguments.get("seed", 0) + 1000 * k}
             values = measured(
-                preference(regime.name, **arguments), objectives, *MEASURES, horizon=stage.horizon, seeds=(seed,),
+                Regime(regime.name, arguments).task(), objectives, *MEASURES, horizon=stage.horizon, seeds=(seed,),
                 scales=(1.0,), rates=rates, split="test",
             )  # fmt: skip
             of_seeds.append(values[:, range(len(own)), 0, own, 0])

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Generator, Tensor
 
-from metaopt import tree
+from metaopt import registry, tree
 from metaopt.objective import LOG_PROBABILITIES, Objective
 from metaopt.random import hash64, sample_indices
 from metaopt.rule import Params
-from metaopt.task import Batch
-from metaopt_tasks.preference import PreferencePolicy, preference
+from metaopt.task import Batch, Split
 
 AT_ONCE = 16
 """Losses that are trained together: more of them fill a CPU's caches."""
@@ -37,17 +36,53 @@ RATES = (0.1, 0.3, 1.0)
 """Learning rates of Adam, at the first step; they fall to 0."""
 
 
+TASK = "preference_clean_dpo_linear"
+"""The registered task that regimes vary; its objective takes no part."""
+
+
+class PreferenceTask(Protocol):
+    """What is asked of a task of learning from preferences, beside what `metaopt.task.Task` has."""
+
+    train: Split
+    valid: Split
+    test: Split
+    batch_size: int
+
+    def init(self, generator: Generator) -> Params:
+        """See `metaopt.task.Task.init`."""
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """See `metaopt.task.Task.loss`: minus the expected reward."""
+
+    def normalize(self, loss: Tensor) -> Tensor:
+        """See `metaopt.task.Task.normalize`: 1 is the reference policy, 0 the best answers."""
+
+    def pairs(self, params: Params, batch: Batch) -> dict[str, Tensor]:
+        """Log-probabilities [B] of ranked pairs, by the names of `metaopt.objective.LOG_PROBABILITIES`, and more."""
+
+    def win_rate(self, params: Params, batch: Batch) -> Tensor:
+        """How often the policy's answer has the higher reward than the reference's."""
+
+    def kl(self, params: Params, batch: Batch) -> Tensor:
+        """KL(policy || reference), in nats."""
+
+
 @dataclass(frozen=True)
 class Regime:
     """A task as numbers, so that a search can be described and repeated.
 
     Attributes:
         name: of the task.
-        arguments: of `metaopt_tasks.preference.preference`.
+        arguments: of the task `TASK`, in the place of its own.
     """
 
     name: str
     arguments: Mapping[str, Any]
+
+    def task(self) -> PreferenceTask:
+        """The task."""
+        made: PreferenceTask = registry.create("task", TASK, name=self.name, **self.arguments)
+        return made
 
 
 @dataclass(frozen=True)
@@ -137,16 +172,16 @@ def report_stage() -> Stage:
 # -- training ------------------------------------------------------------------------------------------------------------
 
 
-MEASURES: Mapping[str, Callable[[PreferencePolicy, Params, Batch], Tensor]] = {
+MEASURES: Mapping[str, Callable[[PreferenceTask, Params, Batch], Tensor]] = {
     "loss": lambda task, params, batch: task.normalize(task.loss(params, batch)),
-    "win_rate": PreferencePolicy.win_rate,
-    "kl": PreferencePolicy.kl,
+    "win_rate": lambda task, params, batch: task.win_rate(params, batch),
+    "kl": lambda task, params, batch: task.kl(params, batch),
 }
 """What policies are judged by; the loss is normalised, and the worst of all where it is no number."""
 
 
 def train(
-    task: PreferencePolicy,
+    task: PreferenceTask,
     objectives: Sequence[Objective],
     *,
     horizon: int,
@@ -160,7 +195,7 @@ def train(
 
 
 def measured(
-    task: PreferencePolicy,
+    task: PreferenceTask,
     objectives: Sequence[Objective],
     *measures: str,
     horizon: int,
@@ -262,7 +297,7 @@ class Judge:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = tuple(stages)
-        self._tasks: dict[str, PreferencePolicy] = {}
+        self._tasks: dict[str, PreferenceTask] = {}
         self._seen: list[list[float]] = [[] for _ in self.stages]
 
     def describe(self) -> list[dict[str, Any]]:
@@ -305,10 +340,10 @@ class Judge:
         """Go on as the judge of the same stages whose `state` this is."""
         self._seen = [[*seen] for seen in state]
 
-    def _task(self, regime: Regime) -> PreferencePolicy:
+    def _task(self, regime: Regime) -> PreferenceTask:
         key = repr(regime)
         if key not in self._tasks:
-            self._tasks[key] = preference(regime.name, **regime.arguments)
+            self._tasks[key] = regime.task()
         return self._tasks[key]
 
     def _hurdle(self, number: int, losses: Sequence[float]) -> float:
