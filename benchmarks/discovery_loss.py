@@ -18,11 +18,14 @@ from typing import Any
 from rich.console import Console
 
 from metaopt.files import write_atomic
+from metaopt_symbolic.genome import LOSS_SEEDS
 from metaopt_symbolic.losses import comparison, report
 from metaopt_symbolic.losses.candidate import LossValidator
 from metaopt_symbolic.losses.judge import Judge, search_stages, selection_stage
-from metaopt_symbolic.losses.loop import Loop, LoopConfig, select
-from metaopt_symbolic.losses.mutator import Mutator
+from metaopt_symbolic.losses.mutator import LossMutator
+from metaopt_symbolic.losses.selection import select
+from metaopt_symbolic.proposals.loop import Loop, LoopConfig
+from metaopt_symbolic.proposals.report import line
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,9 +33,9 @@ RESULTS = Path(__file__).parent / "results"
 def searched(seed: int, evaluations: int, directory: Path) -> dict[str, Any]:
     """Search, select, and save what `metaopt discover loss` does."""
     judge, validator = Judge(search_stages()), LossValidator()
-    config = LoopConfig("", ("mutator",), judge.describe(), seed=seed)
-    loop = Loop(config, judge, Mutator(validator, seed), validator, directory)
-    loop.run(evaluations=evaluations, on_round=lambda it: print(seed, report.line(it), flush=True))
+    config = LoopConfig("", ("mutator",), judge.describe(), LOSS_SEEDS, seed=seed)
+    loop = Loop(config, judge, LossMutator(validator, seed), validator, directory)
+    loop.run(evaluations=evaluations, on_round=lambda it: print(seed, line(it), flush=True))
     report.save(loop, select(loop.candidates, judge, selection_stage()))
     return dataclasses.asdict(loop.counts)
 

@@ -12,7 +12,7 @@ from metaopt.files import write_atomic
 from metaopt.resolve import hashable
 from metaopt.search import Archive
 from metaopt_symbolic.cascade import Cascade, Stage
-from metaopt_symbolic.funnel import with_decay
+from metaopt_symbolic.funnel import tuned, with_decay
 from metaopt_symbolic.genome import parse
 from metaopt_symbolic.rule_file import write_rule_file
 from metaopt_symbolic.search import STUDY
@@ -51,11 +51,12 @@ def write_champion(
         raise ValueError(f"the search in {directory} has no champion yet; give it more time")
     judge = json.loads(archive.settings["judge"])
     best = elites[0]
-    champion = parse(best.text).scaled(best.facts["multiplier"])
-    origin = f"Found by program search ({archive.settings['searcher']}, generation {best.generation}), then simplified."
+    champion = tuned(best)
+    who = archive.settings.get("searcher") or ", ".join(archive.settings["proposers"])
+    origin = f"Found by program search ({who}, generation {best.generation}), then simplified."
     if (directory / FUNNEL_FILE).is_file():
         champion = parse(json.loads((directory / FUNNEL_FILE).read_text())["found"])
-        origin = f"Found by program search ({archive.settings['searcher']}) and a funnel, then simplified."
+        origin = f"Found by program search ({who}) and a funnel, then simplified."
     last: dict[str, Any] = {key: hashable(value) for key, value in judge["stages"][-1].items()}
     scores = Cascade(search_tasks(judge["asked"]), [Stage(**last)]).scores
     found = simplify(champion, scores, tolerance=tolerance, evolution=evolution)

@@ -9,6 +9,7 @@ import typer
 
 from metaopt.cli.commands.options import Device, Seed, Settings, check_device, parse_settings
 from metaopt_symbolic.losses.commands import compare, loss
+from metaopt_symbolic.proposals.commands import Asked, Calls, Money, Tokens
 
 discover = typer.Typer(help="Search for optimizers and losses.", rich_markup_mode="rich")
 discover.command("loss")(loss)
@@ -38,12 +39,30 @@ def rule(
     ] = "adamw",
     tasks: Tasks = "search",
     budget: Annotated[
-        str, typer.Option(help="Time (90s, 20m, 2h) or a number of children (50000), earlier runs included.")
+        str,
+        typer.Option(
+            help="Time (90s, 20m, 2h) or a number of a searcher's children (50000) or of proposed rules to train (200), "
+            "earlier runs included."
+        ),
     ] = "20m",
     out: Annotated[Path, typer.Option(help="Directory of the search; one that holds a search goes on.")] = Path(
         "runs/discover"
     ),
-    searcher: Annotated[str, typer.Option(help="metaopt list proposers.")] = "evolution",
+    searcher: Annotated[
+        str | None, typer.Option(help="metaopt list proposers, those tagged rule; default: evolution.")
+    ] = None,
+    proposer: Annotated[
+        str | None,
+        typer.Option(
+            help="Who writes rules, in place of a searcher: those tagged text or llm, several with commas between them."
+        ),
+    ] = None,
+    calls: Calls = None,
+    tokens: Tokens = None,
+    money: Money = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Proposals that are asked for at the same time; default: 16.", min=1)
+    ] = None,
     worker: Annotated[int, typer.Option(help="Number of this process among those that share a search.", min=0)] = 0,
     storage: Annotated[
         str | None, typer.Option(help="URL of an Optuna storage for the archive; default: a journal file in OUT.")
@@ -60,30 +79,45 @@ def rule(
 ) -> None:
     """Search for a rule, as Lion was found; running the same command again goes on.
 
-    Several processes share one search: start each with its own --worker and the same other options.
+    With --proposer language models write the rules, and --set gives their options, such as model=NAME. Several processes share
+    one search: start each with its own --worker and the same other options.
 
     Example: [bold]metaopt discover rule --start adamw --tasks search --budget 20m --out runs/found[/bold]
     """
     from rich.console import Console
 
     from metaopt import registry
+    from metaopt.search import Budget as Limits
     from metaopt_symbolic import report
     from metaopt_symbolic.baselines import tuned_for
     from metaopt_symbolic.cascade import JUDGES, Cascade
-    from metaopt_symbolic.losses.proposers import registered
+    from metaopt_symbolic.proposals.proposers import NO_LIMITS, registered
+    from metaopt_symbolic.rules.commands import by_proposers
     from metaopt_symbolic.search import Budget, Search, SearchConfig
     from metaopt_symbolic.start import start_text
     from metaopt_symbolic.suites import search_tasks
 
+    if searcher is not None and proposer is not None:
+        raise ValueError(f"rules come from a searcher or from proposers, got {searcher} and {proposer}; leave one out")
+    searcher = searcher or "evolution"
     if "rule" not in registry.get("proposer", searcher).tags:
-        raise ValueError(f"{searcher} searches for no rules; choose from {', '.join(registered('rule'))}")
+        raise ValueError(
+            f"{searcher} is no searcher; choose from {', '.join(registered('rule'))}, or give it as --proposer"
+        )
     if judge not in JUDGES:
         raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
+    limits = Limits(calls, tokens, money)
+    if proposer is None and (limits != NO_LIMITS or batch is not None):
+        raise ValueError("calls, tokens, money and batch are of proposers; give --proposer, or leave them out")
     console = Console(stderr=True)
     spent = Budget.of(budget)
     used = search_tasks(tasks, check_device(device))
     stages = JUDGES[judge](list(used))
     described = report.describe(tasks, judge, used, stages)
+    if proposer is not None:
+        asked = Asked(proposer, budget, out, limits, parse_settings(settings), batch or 16, storage, worker, seed)
+        by_proposers(asked, start_text(start), described, used, stages, console)
+        return
     tuned = tuned_for(out, start_text(start), described, used, stages, console)
     references = tuned.references
     config = SearchConfig(tuned.start, searcher, parse_settings(settings), described, seed=seed)

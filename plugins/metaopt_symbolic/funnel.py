@@ -133,13 +133,18 @@ def usual_gates(searched: str, device: str = "cpu") -> tuple[Gate, Gate]:
     )
 
 
+def tuned(elite: Elite) -> Genome:
+    """The program of an elite, at the learning rate of its score; proposers write other texts and give it beside theirs."""
+    return parse(elite.facts.get("program", elite.text)).scaled(elite.facts["multiplier"])
+
+
 def distinct(elites: Sequence[Elite], most: int) -> list[Genome]:
     """The best elites, at the learning rates of their scores, only one of those that differ in numbers alone."""
     chosen: dict[tuple[Any, ...], Genome] = {}
     for elite in sorted(elites, key=lambda e: e.score):
-        genome = parse(elite.text)
+        genome = tuned(elite)
         skeleton = tuple((a.function, *(arg if isinstance(arg, str) else None for arg in a.args)) for a in genome.body)
-        chosen.setdefault(skeleton, genome.scaled(elite.facts["multiplier"]))
+        chosen.setdefault(skeleton, genome)
     return [*chosen.values()][:most]
 
 

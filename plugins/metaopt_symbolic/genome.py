@@ -324,6 +324,45 @@ def from_rule(rule: ElementwiseRule) -> Genome:
     return Genome(("w", "g", *program.tensors[2:]), scalars, ("update", *program.tensors[2:]), tuple(body))
 
 
+def from_program(program: Program) -> Genome:
+    """A rule in the engine's language, whose scalars are ``lr`` and perhaps ``t``; slots may have got other names.
+
+    Raises:
+        GenomeError: a slot or value that cannot be a variable.
+    """
+    own = {"w", "g", "lr", "t", "update", *FUNCTIONS}
+    slots = [f"{slot}_slot" if slot in own else slot for slot in program.tensors[2:]]
+    names = {**dict(zip(program.tensors, ("w", "g", *slots), strict=True)), "lr": "lr", "t": "t"}
+    body, (new_param, *new_slots) = _assignments(program, names, {}, {*own, *slots})
+    terms = [names.get(term, term) if isinstance(term, str) else term for term in _subtracted(program)]
+    made = {a.target for a in body}
+    if len(terms) == 1 and terms[0] in made:  # it gets the name
+        known: dict[Arg, Arg] = {terms[0]: "update"}
+        body = [
+            Assign(str(known.get(a.target, a.target)), a.function, tuple(known.get(arg, arg) for arg in a.args))
+            for a in body
+        ]
+        new_slots = [known.get(slot, slot) for slot in new_slots]
+    elif terms:
+        update, *others = terms
+        body += [Assign("update", "copy", (update,)), *(Assign("update", "add", ("update", term)) for term in others)]
+    else:
+        body.append(Assign("update", "sub", ("w", new_param)))
+    scalars = tuple(name for name in ("lr", "t") if name == "lr" or name in program.scalars)
+    return Genome(("w", "g", *slots), scalars, ("update", *slots), (*body, *_parallel(slots, new_slots)))
+
+
+def _subtracted(program: Program) -> list[Arg]:
+    """The terms whose sum is taken from the parameter, the first one first; none where the new parameter is made otherwise."""
+    made = {s.target: s for s in program.statements}
+    terms: list[Arg] = []
+    base: Arg = program.outputs[0]
+    while base in made and made[str(base)].op == "sub":
+        base, term = made[str(base)].args
+        terms.insert(0, term)
+    return terms if base == program.tensors[0] else []
+
+
 def from_objective(objective: Objective) -> Genome:
     """The program of a traced objective: its hyperparameters are numbers.
 

@@ -37,8 +37,8 @@ def metaopt_proposers() -> list[Spec]:
             ("rule",), "Bello et al., 2017, https://arxiv.org/abs/1709.07417",
         ),
         Spec(
-            "mutator", "metaopt_symbolic.losses.mutator:Mutator", "mutates and joins losses, without a language model",
-            ("loss",), paper,
+            "mutator", "metaopt_symbolic.proposals.registered:mutator",
+            "mutates losses and rules that were found, without a language model", ("text",), paper,
         ),
     ]  # fmt: skip
 
@@ -48,7 +48,7 @@ def metaopt_commands() -> list[Spec]:
     """The search on the command line."""
     return [
         Spec("discover", "metaopt_symbolic.commands:discover", "search for optimizers and losses"),
-        Spec("show", "metaopt_symbolic.losses.commands:show", "a candidate of a search for losses"),
+        Spec("show", "metaopt_symbolic.proposals.commands:show", "a candidate of a search by proposers"),
         Spec(
             "distill", "metaopt_symbolic.distill.commands:distill", "a learned objective or optimizer as a closed form"
         ),

@@ -145,6 +145,12 @@ def _live(genome: Genome) -> list[Assign]:
     return kept[::-1]
 
 
+def learning_rate(genome: Genome) -> float | None:
+    """The positive number that multiplies ``lr``, where that is how ``lr`` is read; else None."""
+    rate = _rate(_live(genome))
+    return None if rate is None else rate[1]
+
+
 def _rate(body: Sequence[Assign]) -> tuple[int, float] | None:
     """Where ``lr`` is read for the only time, if that multiplies it by a positive number; and the number."""
     readers = []

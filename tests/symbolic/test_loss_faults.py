@@ -17,8 +17,9 @@ from metaopt.search import Archive
 from metaopt_llm import client as client_module
 from metaopt_llm import registered
 from metaopt_symbolic.losses import judge as judge_module
+from metaopt_symbolic.losses.candidate import LossValidator
 from metaopt_symbolic.losses.judge import Regime, Stage
-from metaopt_symbolic.losses.loop import PATIENCE, STUDY, load
+from metaopt_symbolic.proposals.loop import PATIENCE
 
 TINY = (Stage((Regime("noisy", {"data": "preferences_noisy"}),), 2, (0,)),)
 SECRET = "sk-this-key-must-not-be-seen"
@@ -69,9 +70,9 @@ def test_calls_that_fail_are_made_again_and_counted_by_kind(tmp_path: Path, caps
     told = capsys.readouterr().err
     for kind in wanted:
         assert f"of calls, {kind}" in told
-    mine = {c.name for c in load(tmp_path) if c.proposal}
+    mine = {c.name for c in LossValidator().load(tmp_path) if c.proposal}
     assert mine == {f"soft_{k}" for k in range(len(FAULTS))} == {
-        e.facts["name"] for e in Archive(tmp_path, STUDY, None).elites() if "proposer" in e.facts
+        e.facts["name"] for e in Archive(tmp_path, LossValidator.study, None).elites() if "proposer" in e.facts
     }  # fmt: skip
 
 

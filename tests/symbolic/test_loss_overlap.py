@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,11 +19,13 @@ import torch
 
 from metaopt.objective import Objective
 from metaopt.search import Archive, Charge, Ledger, Proposal, Request
+from metaopt_symbolic.genome import LOSS_SEEDS
 from metaopt_symbolic.losses.candidate import LossValidator
 from metaopt_symbolic.losses.judge import Judge, Score
-from metaopt_symbolic.losses.loop import STUDY, Loop, LoopConfig, load, workers
-from metaopt_symbolic.losses.mutator import Mutator
-from metaopt_symbolic.losses.proposers import ledger_file
+from metaopt_symbolic.losses.mutator import LossMutator
+from metaopt_symbolic.proposals.candidate import workers
+from metaopt_symbolic.proposals.loop import Loop, LoopConfig
+from metaopt_symbolic.proposals.proposers import ledger_file
 
 
 class Quick(Judge):
@@ -62,8 +65,8 @@ class Paid:
             return self._ledger.spent.calls
 
 
-def mutator(validate: LossValidator, directory: Path, worker: int) -> Mutator:
-    return Mutator(validate)
+def mutator(validate: LossValidator, directory: Path, worker: int) -> LossMutator:
+    return LossMutator(validate)
 
 
 Making = Callable[[LossValidator, Path, int], Any]
@@ -77,7 +80,14 @@ def searching(
     validator, judge = LossValidator(), judge or Quick()
     proposer = make(validator, directory, worker)
     config = LoopConfig(
-        "Learn.", (proposer.name,), [], batch=batch, ahead=make is not mutator, islands={"count": 2}, migrate_every=2
+        "Learn.",
+        (proposer.name,),
+        [],
+        LOSS_SEEDS,
+        batch=batch,
+        ahead=make is not mutator,
+        islands={"count": 2},
+        migrate_every=2,
     )
     try:
         yield Loop(config, judge, proposer, validator, directory, worker=worker)
@@ -104,7 +114,7 @@ def test_candidates_are_asked_for_while_others_are_trained_with(tmp_path: Path) 
                 meeting.wait()
             return super().scores(objectives)
 
-    class MeetsToo(Mutator):
+    class MeetsToo(LossMutator):
         def propose(self, request: Request) -> Proposal:
             if request.number > 0:
                 meeting.wait()
@@ -193,7 +203,7 @@ def test_ctrl_c_ends_a_search_where_all_of_it_is_saved(tmp_path: Path) -> None:
 def test_a_second_ctrl_c_waits_for_no_server(tmp_path: Path) -> None:
     silent = threading.Event()
 
-    class Silent(Mutator):
+    class Silent(LossMutator):
         def propose(self, request: Request) -> Proposal:
             silent.wait(600)
             return super().propose(request)
@@ -217,7 +227,7 @@ def test_a_second_ctrl_c_waits_for_no_server(tmp_path: Path) -> None:
 
 
 def test_what_a_proposer_gets_wrong_is_no_answer_of_a_server(tmp_path: Path) -> None:
-    class Broken(Mutator):
+    class Broken(LossMutator):
         def propose(self, request: Request) -> Proposal:
             raise ZeroDivisionError
 
@@ -242,9 +252,9 @@ def test_workers_take_in_each_others_best(tmp_path: Path) -> None:
         again.run(evaluations=12)
     number = guests[0].number
     assert any(number in c.parents for c in again.candidates), "they have children"
-    assert {e.worker for e in Archive(tmp_path, STUDY, None).elites()} == {0, 1}
+    assert {e.worker for e in Archive(tmp_path, LossValidator.study, None).elites()} == {0, 1}
     assert workers(tmp_path) == [0, 1]
-    assert [c.digest for c in load(tmp_path, 1)] == [c.digest for c in again.candidates]
+    assert [c.digest for c in LossValidator().load(tmp_path, 1)] == [c.digest for c in again.candidates]
 
 
 def test_workers_that_know_nothing_of_each_other_do_not_draw_the_same(tmp_path: Path) -> None:
@@ -260,11 +270,17 @@ def test_what_others_find_between_a_kill_and_a_resume_costs_no_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the killed round had asked is asked again as it was, though there are guests now that it would have seen."""
+
+    class Better(Paid):
+        def propose(self, request: Request) -> Proposal:
+            made = super().propose(request)
+            return dataclasses.replace(made, source=made.source.replace("softplus(", "softplus(-2 + "))
+
     with monkeypatch.context() as patched:
         dies(patched, Loop, "_admit", 1)
         with pytest.raises(Killed), searching(tmp_path, Paid, worker=1) as killed:
             killed.run(evaluations=9)
-    with searching(tmp_path, Paid) as other:
+    with searching(tmp_path, Better) as other:
         other.run(evaluations=9)
     with searching(tmp_path, Paid, worker=1) as again:
         again.run(evaluations=9)
@@ -284,12 +300,12 @@ def test_workers_at_once_ask_different_things_and_pay_themselves(tmp_path: Path)
         thread.start()
     for thread in threads:
         thread.join()
-    candidates = [load(tmp_path, worker) for worker in (0, 1)]
+    candidates = [LossValidator().load(tmp_path, worker) for worker in (0, 1)]
     own = [{c.name for c in each if c.proposal and c.proposal.proposer == "paid"} for each in candidates]
     assert [len(names) for names in own] == [9, 9]
     assert not own[0] & own[1], "names are of requests"
     assert [Paid(LossValidator(), tmp_path, worker).close() for worker in (0, 1)] == [counts[0], counts[1]]
-    archived = Archive(tmp_path, STUDY, None).elites()
+    archived = Archive(tmp_path, LossValidator.study, None).elites()
     for worker in (0, 1):
         assert {e.facts["name"] for e in archived if e.worker == worker} >= own[worker]
     bests = [min(c.score.loss for c in each) for each in candidates]

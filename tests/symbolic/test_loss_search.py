@@ -23,8 +23,7 @@ from metaopt.search import Archive, ProposerError, Request
 from metaopt_symbolic.genome import LOSS_SEEDS, Genome, parse
 from metaopt_symbolic.language import FUNCTIONS as LANGUAGE
 from metaopt_symbolic.losses import judge as judge_module
-from metaopt_symbolic.losses.candidate import FUNCTIONS, LossValidator, behaviour, objective, python, read
-from metaopt_symbolic.losses.islands import Islands, Member
+from metaopt_symbolic.losses.candidate import FUNCTIONS, LossValidator, objective, python, read
 from metaopt_symbolic.losses.judge import (
     Judge,
     Regime,
@@ -36,9 +35,12 @@ from metaopt_symbolic.losses.judge import (
     search_stages,
     train,
 )
-from metaopt_symbolic.losses.loop import STUDY, Candidate, Loop, LoopConfig, load, select
-from metaopt_symbolic.losses.mutator import Mutator, joined
-from metaopt_symbolic.losses.proposers import proposing
+from metaopt_symbolic.losses.mutator import LossMutator, joined
+from metaopt_symbolic.losses.selection import select
+from metaopt_symbolic.proposals.candidate import Candidate
+from metaopt_symbolic.proposals.islands import Islands, Member
+from metaopt_symbolic.proposals.loop import Loop, LoopConfig
+from metaopt_symbolic.proposals.proposers import proposing
 from metaopt_tasks.preference import preference
 
 TINY = (
@@ -140,7 +142,7 @@ def test_intervals_are_those_of_student() -> None:
 )
 def test_what_is_wrong_is_said_in_words(source: str, wrong: str) -> None:
     validate = LossValidator()
-    validate.known[behaviour(read(LOSS_SEEDS["dpo"]), {})] = "dpo"
+    validate.remember(read(LOSS_SEEDS["dpo"]), "dpo")
     assert wrong in (validate(source) or "")
 
 
@@ -162,13 +164,13 @@ def test_a_join_is_the_weighted_mean() -> None:
 
 def test_mutants_are_valid_new_and_the_same_for_the_same_request() -> None:
     validate = LossValidator()
-    mutator = Mutator(validate, seed=1)
+    mutator = LossMutator(validate, seed=1)
     found = [mutator.propose(Request(k, "")) for k in range(12)]
     assert [validate(p.source) for p in found] == [None] * 12
     assert len({p.source for p in found}) > 8
-    assert Mutator(validate, seed=1).propose(Request(5, "")) == found[5]
+    assert LossMutator(validate, seed=1).propose(Request(5, "")) == found[5]
     with pytest.raises(ProposerError, match="were not valid, the last: no"):
-        Mutator(lambda source: "no", attempts=3).propose(Request(0, ""))
+        LossMutator(lambda source: "no", attempts=3).propose(Request(0, ""))
 
 
 # -- islands -------------------------------------------------------------------------------------------------------------
@@ -224,11 +226,13 @@ def loop_in(
 ) -> Iterator[tuple[Loop, Any]]:
     validator = LossValidator()
     with proposing(names, validator, directory, options=options) as (proposer, _):
-        config = LoopConfig("Learn.", tuple(names), judge.describe(), batch=4, ahead=True, islands={"count": 2})
+        config = LoopConfig(
+            "Learn.", tuple(names), judge.describe(), LOSS_SEEDS, batch=4, ahead=True, islands={"count": 2}
+        )
         yield Loop(config, judge, proposer, validator, directory), proposer
 
 
-def shown(candidates: Sequence[Candidate]) -> list[tuple[Any, ...]]:
+def shown(candidates: Sequence[Candidate[Score]]) -> list[tuple[Any, ...]]:
     return [(c.name, c.source, c.genome, c.parents, c.proposal, c.score.loss) for c in candidates]
 
 
@@ -243,9 +247,9 @@ def test_a_killed_search_goes_on_to_the_same_champion(tmp_path: Path) -> None:
     assert shown(again.candidates) == shown(whole.candidates)
     islands = again._islands.state()["members"]
     assert isinstance(islands, list) and all(len(numbers) > len(LOSS_SEEDS) for numbers in islands), "all grow"
-    kept = Archive(tmp_path / "killed", STUDY, None).elites()
+    kept = Archive(tmp_path / "killed", LossValidator.study, None).elites()
     assert {"dpo", "lrml"} <= {elite.facts["name"] for elite in kept}
-    assert shown(load(tmp_path / "killed")) == shown(again.candidates)
+    assert shown(LossValidator().load(tmp_path / "killed")) == shown(again.candidates)
 
 
 def answers() -> Iterator[Any]:
@@ -268,7 +272,7 @@ def test_a_killed_search_pays_for_no_answer_twice(tmp_path: Path) -> None:
     assert all(
         c.source.startswith("def loss(rho, beta)") and c.proposal.thought == "shifted" for c in mine if c.proposal
     )
-    archived = {e.facts["name"]: e for e in Archive(tmp_path, STUDY, None).elites()}
+    archived = {e.facts["name"]: e for e in Archive(tmp_path, LossValidator.study, None).elites()}
     assert {c.name for c in mine} <= archived.keys(), "what a language model wrote is kept, however bad"
 
 
@@ -298,8 +302,10 @@ def test_errors_become_notes_and_proposers_that_fail_end_the_search(tmp_path: Pa
         )  # its author was told, and did not mend it
         assert "cubed: it computes the same as cubed" in running.seen[-1].text
     made = LossValidator()
-    failing = Mutator(lambda source: "no", attempts=1)
-    dead = Loop(LoopConfig("", ("mutator",), Judge(TINY).describe()), Judge(TINY), failing, made, tmp_path / "dead")
+    failing = LossMutator(lambda source: "no", attempts=1)
+    dead = Loop(
+        LoopConfig("", ("mutator",), Judge(TINY).describe(), LOSS_SEEDS), Judge(TINY), failing, made, tmp_path / "dead"
+    )
     with pytest.raises(ProposerError, match="not valid"):
         dead.run(evaluations=3)
 
@@ -329,7 +335,7 @@ def test_a_search_on_the_command_line_and_what_it_shows(
     assert "trained with" in told and "def loss(rho):" in told
     report = json.loads((out / "report.json").read_text())
     assert report["counts"]["evaluated"] == 6
-    name = load(out)[-1].name
+    name = LossValidator().load(out)[-1].name
     assert main(["show", name, "--from", str(out)]) == 0
     text = capsys.readouterr().out
     assert "def loss(rho):" in text and "loss of the policy" in text and "by start" in text
@@ -342,8 +348,8 @@ def test_a_search_on_the_command_line_and_what_it_shows(
 @pytest.mark.parametrize(
     ("command", "wrong"),
     [
-        (["discover", "rule", "--searcher", "openai"], "openai searches for no rules; choose from"),
-        (["discover", "loss", "--proposer", "evolution"], "evolution proposes no losses; choose from"),
+        (["discover", "rule", "--searcher", "openai"], "openai is no searcher; choose from"),
+        (["discover", "loss", "--proposer", "evolution"], "evolution writes no texts of candidates; choose from"),
         (["discover", "loss", "--set", "model=x"], "are of language models"),
         (["discover", "loss", "--proposer", "mutator,mutator"], "a proposer takes part once"),
         (["discover", "loss", "--task", "digits"], "for the task preference, got 'digits'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
@@ -11,15 +11,11 @@ from metaopt.program import ProgramObjective, read_loss
 from metaopt_symbolic.analysis import without_redundant
 from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, GenomeError, from_loss, parse
+from metaopt_symbolic.losses.judge import Score
+from metaopt_symbolic.proposals.candidate import Behaviour, CandidateValidator
 
 INPUTS, BETA = ("rho",), 0.05
 """What candidates are of, and their one number beside it."""
-
-Behaviour = tuple[int, int]
-"""The fingerprint of what a loss does: equal ones train alike."""
-
-SAME = "it computes the same as"
-"""How the error of a valid candidate begins that is not new."""
 
 
 def read(source: str) -> Genome:
@@ -45,46 +41,42 @@ def objective(genome: Genome) -> ProgramObjective:
     return ProgramObjective(genome.program())
 
 
-def behaviour(genome: Genome, known: Mapping[Behaviour, str]) -> Behaviour:
-    """What a candidate does, after all checks that come before training.
+class LossValidator(CandidateValidator[Score]):
+    """Losses of rho as candidates."""
 
-    Args:
-        genome: of a loss.
-        known: what earlier ones do, and their names.
+    study: ClassVar[str] = "discover-loss"
+    measure: ClassVar[str] = "loss of a policy"
+    language: ClassVar[str] = "preference_loss"
+    score = Score
 
-    Raises:
-        ValueError: not finite on the probes of `metaopt.objective.probes` in float32 or in float64, without a slope, or known.
-    """
-    found = faults(objective(genome), (torch.float32,))
-    if found:
-        raise ValueError(found[0])
-    shown = fingerprint([genome.program()])
-    if not shown.finite[0]:
-        raise ValueError("the loss or its derivative is no finite number for some rho between -30 and 30")
-    if not shown.uses_gradient[0]:
-        raise ValueError("the derivative by rho is 0 everywhere, so nothing would be learnt")
-    first, second = shown.hashes[0].tolist()
-    if (first, second) in known:
-        raise ValueError(f"{SAME} {known[first, second]}; propose something else")
-    return first, second
+    def read(self, source: str) -> Genome:
+        """See `read`."""
+        return read(source)
 
+    def behaviour(self, genome: Genome) -> Behaviour:
+        """What a loss does, if it can be trained with.
 
-class LossValidator:
-    """What is wrong with a source, in words for its author: a `metaopt.search.Validator`.
+        Raises:
+            ValueError: not finite on the probes of `metaopt.objective.probes` in float32 or in float64, or without a slope.
+        """
+        found = faults(objective(genome), (torch.float32,))
+        if found:
+            raise ValueError(found[0])
+        shown = fingerprint([genome.program()])
+        if not shown.finite[0]:
+            raise ValueError("the loss or its derivative is no finite number for some rho between -30 and 30")
+        if not shown.uses_gradient[0]:
+            raise ValueError("the derivative by rho is 0 everywhere, so nothing would be learnt")
+        first, second = shown.hashes[0].tolist()
+        return first, second
 
-    Attributes:
-        known: what may not be proposed again, by name; whoever searches adds to it.
-    """
+    def python(self, genome: Genome) -> str:
+        """See `python`."""
+        return python(genome)
 
-    def __init__(self) -> None:
-        self.known: dict[Behaviour, str] = {}
-
-    def __call__(self, source: str) -> str | None:
-        try:
-            behaviour(read(source), self.known)
-        except ValueError as error:
-            return str(error)
-        return None
+    def trained(self, genome: Genome) -> ProgramObjective:
+        """See `objective`."""
+        return objective(genome)
 
 
 _PYTHON = {

@@ -24,11 +24,12 @@ from metaopt import registry
 from metaopt.files import write_atomic
 from metaopt_symbolic.genome import Assign, Genome, from_objective, parse
 from metaopt_symbolic.losses import judge
-from metaopt_symbolic.losses.candidate import BETA, INPUTS, objective, python
+from metaopt_symbolic.losses.candidate import BETA, INPUTS, LossValidator, objective, python
 from metaopt_symbolic.losses.judge import MEASURES, RATES, SCALES, Regime, Stage, margin_of, measured, train
-from metaopt_symbolic.losses.loop import ELITES, load
 from metaopt_symbolic.losses.mutator import tidy
-from metaopt_symbolic.losses.report import lineage, png, sampled
+from metaopt_symbolic.losses.report import sampled
+from metaopt_symbolic.losses.selection import ELITES
+from metaopt_symbolic.proposals.report import lineage, png
 from metaopt_symbolic.simplify import folded
 
 FILE, PICTURE, CURVES = "comparison.json", "comparison.png", "curves.png"
@@ -140,7 +141,7 @@ def winner(run: Path) -> Contestant:
     Raises:
         ValueError: the search is not there, or has not ended.
     """
-    candidates = load(run)
+    candidates = LossValidator().load(run)
     if not (run / REPORT).is_file():
         raise ValueError(f"{run} holds a search that has not ended; metaopt discover loss --out {run} goes on")
     told = json.loads((run / REPORT).read_text())["winner"]

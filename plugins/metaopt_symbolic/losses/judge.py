@@ -25,6 +25,7 @@ from metaopt.objective import LOG_PROBABILITIES, Objective
 from metaopt.random import hash64, sample_indices
 from metaopt.rule import Params
 from metaopt.task import Batch, Split
+from metaopt_symbolic.proposals.candidate import CandidateScore
 
 AT_ONCE = 16
 """Losses that are trained together: more of them fill a CPU's caches."""
@@ -103,25 +104,25 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Score:
-    """How good a loss is.
+class Score(CandidateScore):
+    """How good a loss is: the mean normalised expected reward, negated, on the validation split.
+
+    1 is the reference policy, 0 the best answers; each stage that was not reached costs `UNREACHED` more.
 
     Attributes:
-        loss: the mean normalised expected reward, negated, on the validation split: 1 is the reference policy, 0 the best
-            answers; each stage that was not reached costs `UNREACHED` more.
-        stage: the last one that was run, from 0.
-        losses: of that stage, by task.
         low, high: 95 % interval of ``loss`` over seeds; NaN from one seed.
         scale, rate: the setting with these losses.
     """
 
-    loss: float
-    stage: int
-    losses: Mapping[str, float]
     low: float
     high: float
     scale: float
     rate: float
+
+    @property
+    def text(self) -> str:
+        """With its interval."""
+        return f"{self.loss:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
     def later(self, stage: int, unreached: float) -> Score:
         """The same score, of a stage after which others, that cost ``unreached``, were not reached."""

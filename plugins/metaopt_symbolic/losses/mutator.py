@@ -1,4 +1,4 @@
-"""The proposer that needs no server: it mutates and joins what it is shown."""
+"""Losses from losses: mutated, and joined."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ from dataclasses import replace
 import numpy as np
 
 from metaopt.program.program import Arg
-from metaopt.search import Proposal, ProposerError, Request, Validator
+from metaopt.search import Validator
 from metaopt_symbolic.analysis import without_redundant
-from metaopt_symbolic.genome import LOSS, LOSS_SEEDS, Assign, Genome, parse
+from metaopt_symbolic.genome import LOSS, LOSS_SEEDS, Assign, Genome
 from metaopt_symbolic.language import LOSSES
 from metaopt_symbolic.mutation import Mutation
-from metaopt_symbolic.population import Genomes
+from metaopt_symbolic.proposals.mutator import Mutator
 
 MUTATION = Mutation(functions=(*LOSSES, "interpolate"), tune=0.5, splice=0.5, duplicate=0.3, scales=(1.0, 0.3))
 LONGEST = 24
 """Statements of a candidate, unless the request says fewer."""
 
 
-class Mutator:
+class LossMutator(Mutator):
     """Mutates a parent one to four times, or first joins two: loss = (1 - w) a + w b, with w from U(0, 1).
 
-    A proposal is a function of the request and the seed alone, so that a search that goes on proposes the same.
-
     Args:
-        validate: what is wrong with a candidate.
-        seed: of the mutations.
+        validate: as of `Mutator`.
+        seed: as of `Mutator`.
         join: probability of joining two parents, in [0, 1].
-        attempts: children that are tried until one is valid.
-        name: of the proposer.
+        attempts: as of `Mutator`.
+        name: as of `Mutator`.
 
     Raises:
         ValueError: a probability outside [0, 1], or no attempts.
@@ -38,37 +36,16 @@ class Mutator:
     def __init__(
         self, validate: Validator, seed: int = 0, join: float = 0.2, attempts: int = 64, name: str = "mutator"
     ) -> None:
-        if not 0 <= join <= 1 or attempts < 1:
-            raise ValueError(f"join must be in [0, 1] and attempts at least 1, got {join} and {attempts}")
-        self.name = name
-        self._validate, self._seed, self._join, self._attempts = validate, seed, join, attempts
+        if not 0 <= join <= 1:
+            raise ValueError(f"join must be in [0, 1], got {join}")
+        super().__init__(validate, MUTATION, LOSS_SEEDS, LONGEST, seed, attempts, name)
+        self._join = join
 
-    def propose(self, request: Request) -> Proposal:
-        """A valid candidate; of parents that are no programs, none of them has children.
-
-        Raises:
-            ProposerError: none of the attempts was valid.
-        """
-        rng = np.random.default_rng([self._seed, request.number])
-        shown = request.parents or request.elites
-        parents = [parse(elite.facts["program"]) for elite in shown] or [parse(text) for text in LOSS_SEEDS.values()]
-        error = ""
-        for _ in range(self._attempts):
-            child = tidy(without_redundant(self._child(parents, rng)))
-            if len(child.body) > (request.longest or LONGEST):
-                error = f"it has {len(child.body)} statements"
-                continue
-            error = self._validate(child.text()) or ""
-            if not error:
-                return Proposal(child.text(), f"m_{child.digest[:8]}", "", self.name)
-        raise ProposerError(f"{self._attempts} mutants of {len(parents)} parents were not valid, the last: {error}")
-
-    def _child(self, parents: list[Genome], rng: np.random.Generator) -> Genome:
+    def child(self, parents: list[Genome], rng: np.random.Generator) -> Genome:
+        """See the class."""
         one, two = (parents[k] for k in rng.integers(len(parents), size=2))
         child = joined(one, two, round(float(rng.uniform()), 3)) if rng.random() < self._join else one
-        for _ in range(min(4, rng.geometric(0.5))):
-            child = MUTATION.children(Genomes.of([child]), rng)[0]
-        return child
+        return tidy(without_redundant(self.mutated(child, rng)))
 
 
 def joined(one: Genome, two: Genome, weight: float) -> Genome:

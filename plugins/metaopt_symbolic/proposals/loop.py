@@ -17,25 +17,39 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import numpy as np
 
 from metaopt.files import write_atomic
-from metaopt.search import Archive, Elite, Mixture, Proposal, Proposer, ProposerError, Request
-from metaopt_symbolic.genome import LOSS_SEEDS, Genome, parse
+from metaopt.search import Archive, Mixture, Proposal, Proposer, ProposerError, Request
 from metaopt_symbolic.interruptions import interruptions
-from metaopt_symbolic.losses.candidate import SAME, LossValidator, behaviour, objective, python, read
-from metaopt_symbolic.losses.islands import Islands, Member
-from metaopt_symbolic.losses.judge import Judge, Score, Stage
+from metaopt_symbolic.proposals.candidate import SAME, Candidate, CandidateValidator, S, state_file
+from metaopt_symbolic.proposals.islands import Islands, Member
 
-STUDY = "discover-loss"
 REQUESTS = 1_000_000
 """More than one worker makes: by its number, no request is like one of another worker."""
 PATIENCE = 5
 """Rounds without a new candidate after which a search ends: what proposes nothing else will not for more money."""
 NOTES = 5
 """How many of the latest errors proposers see."""
+
+
+class Judge(Protocol[S]):
+    """What says how good candidates are, in stages."""
+
+    @property
+    def stages(self) -> Sequence[Any]:
+        """The last one judges the best."""
+
+    def scores(self, candidates: Sequence[Any]) -> list[S]:
+        """One score for each `CandidateValidator.trained`."""
+
+    def state(self) -> Any:
+        """What `restore` takes, as JSON holds it."""
+
+    def restore(self, state: Any) -> None:
+        """Go on as the judge whose `state` this is."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class LoopConfig:
     Attributes:
         goal: of the candidates, in words for proposers.
         proposers: names of those that take part.
-        judge: `Judge.describe`.
+        judge: the judge in words or numbers; searches with others do not mix.
         start: programs of the search language that every island begins with, by name.
         batch: requests of a round, answered at the same time and trained with together.
         ahead: whether a round is asked for while the one before is trained with, so that nobody waits for a server that
@@ -59,8 +73,8 @@ class LoopConfig:
 
     goal: str
     proposers: tuple[str, ...]
-    judge: Sequence[Mapping[str, Any]]
-    start: Mapping[str, str] = field(default_factory=lambda: dict(LOSS_SEEDS))
+    judge: Any
+    start: Mapping[str, str]
     batch: int = 16
     ahead: bool = False
     parents: int = 2
@@ -82,7 +96,7 @@ class LoopCounts:
         known: valid answers that do what another candidate does.
         unreadable: answers without a candidate: refusals, cut off, of another form.
         failed: requests without an answer.
-        evaluated: candidates that were trained with, the start not included.
+        evaluated: candidates that were trained, the start not included.
         full: of these, those that reached the last stage.
         tokens, cost: of language models.
         seconds: wall-clock.
@@ -101,68 +115,23 @@ class LoopCounts:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A loss that was evaluated.
-
-    Attributes:
-        number: of the candidate; the start has the first ones.
-        name: what its author calls it.
-        source: Python or JSON, as it was written.
-        genome: the same as a program of the search.
-        score: of the judge.
-        parents: numbers of what its author was shown to start from.
-        proposal: whence it is; None for the start.
-        round: when.
-    """
-
-    number: int
-    name: str
-    source: str
-    genome: Genome
-    score: Score
-    parents: tuple[int, ...] = ()
-    proposal: Proposal | None = None
-    round: int = 0
-
-    @property
-    def digest(self) -> str:
-        """Of the program."""
-        return self.genome.digest
-
-    def elite(self, worker: int) -> Elite:
-        """As archives and proposers have it; ``text`` is what a reader wants to see."""
-        facts: dict[str, Any] = {
-            "name": self.name, "program": self.genome.text(), "stage": self.score.stage, "scale": self.score.scale,
-            "rate": self.score.rate, "number": self.number,
-        }  # fmt: skip
-        if math.isfinite(self.score.low):
-            facts["interval"] = [self.score.low, self.score.high]
-        if self.proposal is not None:
-            told = dataclasses.asdict(self.proposal)
-            facts |= {key: told[key] for key in ("proposer", "model", "thought", "tokens", "cost")}
-        parents = tuple(str(number) for number in self.parents)
-        return Elite(
-            self.digest, self.source, self.score.loss, dict(self.score.losses), worker, self.round, parents, facts
-        )
-
-
-class Loop:
+class Loop(Generic[S]):
     """A search in a directory; making it again goes on with what is there.
 
     Args:
         config: of the search.
         judge: fresh.
         proposer: of candidates; a `metaopt.search.Mixture` is told what they were worth.
-        validator: the one that proposers validate with.
+        validator: of the kind of candidates; the one that proposers validate with.
         directory: of its files.
         storage: URL of an Optuna storage for the archive; by default a journal file in ``directory``.
         worker: number of this process among those that share the archive.
 
     Attributes:
+        validator: of the kind of candidates.
         counts: what was done.
         candidates: all that were evaluated, by number.
-        errors: of what could not be mended: proposer, name, source and error each.
+        errors: of what could not be mended, and of what could not be trained: proposer, name, source and error each.
 
     Raises:
         ValueError: the directory holds a search with another config, or a program of the start is not valid.
@@ -171,17 +140,17 @@ class Loop:
     def __init__(
         self,
         config: LoopConfig,
-        judge: Judge,
+        judge: Judge[S],
         proposer: Proposer,
-        validator: LossValidator,
+        validator: CandidateValidator[S],
         directory: Path | str,
         storage: str | None = None,
         worker: int = 0,
     ) -> None:
         self.config, self.directory, self.worker = config, Path(directory), worker
-        self.archive = Archive(self.directory, STUDY, dataclasses.asdict(config), storage)
-        self.counts, self.candidates, self.errors = LoopCounts(), list[Candidate](), list[dict[str, str]]()
-        self._judge, self._proposer, self._validator = judge, proposer, validator
+        self.archive = Archive(self.directory, validator.study, dataclasses.asdict(config), storage)
+        self.counts, self.candidates, self.errors = LoopCounts(), list[Candidate[S]](), list[dict[str, str]]()
+        self.validator, self._judge, self._proposer = validator, judge, proposer
         self._islands = Islands(**config.islands)
         self._requests: list[Request] = []
         self._waiting: list[tuple[Request, Proposal]] = []
@@ -191,11 +160,11 @@ class Loop:
             self._begin()
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> Candidate[S]:
         """Of the least loss."""
         return self.ranked()[0]
 
-    def ranked(self) -> list[Candidate]:
+    def ranked(self) -> list[Candidate[S]]:
         """All, the best first; of equal ones the one found first."""
         return sorted(self.candidates, key=lambda candidate: candidate.score.loss)
 
@@ -206,8 +175,8 @@ class Loop:
         *,
         evaluations: int | None = None,
         seconds: float | None = None,
-        on_round: Callable[[Loop], None] = lambda loop: None,
-    ) -> Candidate:
+        on_round: Callable[[Loop[S]], None] = lambda loop: None,
+    ) -> Candidate[S]:
         """Go on until the budget, which counts what was done before a resume, is spent; returns the best.
 
         Ctrl-C ends it after the round at hand, with everything saved; a second one at once, and that round is repeated.
@@ -308,9 +277,8 @@ class Loop:
         self.counts.cost += proposal.cost
         error = proposal.error
         if not error:
-            genome = read(proposal.source)
             try:  # again: another answer of this round may do the same
-                self._validator.known[behaviour(genome, self._validator.known)] = proposal.name
+                self.validator.remember(self.validator.read(proposal.source), proposal.name)
                 self._waiting.append((request, proposal))
                 return
             except ValueError as same:
@@ -323,22 +291,26 @@ class Loop:
         else:
             self.counts.invalid += 1
         self._tell(request, proposal, None)
+        self._note(proposal, error)
+
+    def _note(self, proposal: Proposal, error: str) -> None:
         self.errors.append(
             {"proposer": proposal.proposer, "name": proposal.name, "source": proposal.source, "error": error}
         )
 
-    def _scores(self) -> list[Score]:
+    def _scores(self) -> list[S]:
         """Of those that wait."""
-        return self._judge.scores([objective(read(proposal.source)) for _, proposal in self._waiting])
+        genomes = [self.validator.read(proposal.source) for _, proposal in self._waiting]
+        return self._judge.scores([self.validator.trained(genome) for genome in genomes])
 
-    def _keep(self, scores: Sequence[Score]) -> None:
+    def _keep(self, scores: Sequence[S]) -> None:
         """Make candidates of those that waited, and tell everyone."""
         waiting, self._waiting = self._waiting, []
         for (request, proposal), score in zip(waiting, scores, strict=True):
-            number, genome = len(self.candidates), read(proposal.source)
+            number, genome = len(self.candidates), self.validator.read(proposal.source)
             parents = tuple(int(elite.facts["number"]) for elite in request.parents)
             is_text = proposal.source == genome.text()
-            source = python(genome) if is_text else proposal.source
+            source = self.validator.python(genome) if is_text else proposal.source
             made = Candidate(number, proposal.name, source, genome, score, parents, proposal, self.counts.rounds)
             self.candidates.append(made)
             self._islands.add(number, request.number % len(self._islands), self._members())
@@ -347,19 +319,21 @@ class Loop:
             self.counts.full += is_full
             if is_full or not is_text:  # of thousands of mutants, those that were worth training
                 self.archive.add(made.elite(self.worker))
+            if score.fault:
+                self._note(proposal, score.fault)
             self._tell(request, proposal, score.loss)
 
     def _migrate(self) -> None:
         """Take in the best of every other worker that is better than ours."""
         own = self.best.score.loss
         for elite in self.archive.best_of_others(self.worker):
-            guest = _guest(elite, len(self.candidates), self.counts.rounds)
+            guest = self.validator.guest(elite, len(self.candidates), self.counts.rounds)
             if elite.score >= own or any(guest.digest == c.digest for c in self.candidates):
                 continue
             self.candidates.append(guest)
             self._islands.add(guest.number, guest.number % len(self._islands), self._members())
             with suppress(ValueError):  # ours does the same
-                self._validator.known[behaviour(guest.genome, self._validator.known)] = guest.name
+                self.validator.remember(guest.genome, guest.name)
 
     def _tell(self, request: Request, proposal: Proposal, score: float | None) -> None:
         if isinstance(self._proposer, Mixture):
@@ -368,12 +342,12 @@ class Loop:
     # -- files -----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        genomes = {name: read(text) for name, text in self.config.start.items()}
+        genomes = {name: self.validator.read(text) for name, text in self.config.start.items()}
         for name, genome in genomes.items():
-            self._validator.known[behaviour(genome, self._validator.known)] = name
-        scores = self._judge.scores([objective(genome) for genome in genomes.values()])
+            self.validator.remember(genome, name)
+        scores = self._judge.scores([self.validator.trained(genome) for genome in genomes.values()])
         for number, ((name, genome), score) in enumerate(zip(genomes.items(), scores, strict=True)):
-            self.candidates.append(Candidate(number, name, python(genome), genome, score))
+            self.candidates.append(Candidate(number, name, self.validator.python(genome), genome, score))
             self._islands.add(number, None, self._members())
             self.archive.add(self.candidates[-1].elite(self.worker))
         self._save()
@@ -383,17 +357,14 @@ class Loop:
         return state_file(self.directory, self.worker)
 
     def _save(self) -> None:
-        candidates = [
-            {**dataclasses.asdict(c), "genome": c.genome.text(), "score": dataclasses.asdict(c.score)}
-            for c in self.candidates
-        ]
         facts = {
+            "study": self.validator.study,
             "counts": dataclasses.asdict(self.counts),
-            "candidates": candidates,
+            "candidates": [candidate.to_json() for candidate in self.candidates],
             "errors": self.errors,
             "requests": [request.to_json() for request in self._requests],
             "waiting": [[request.to_json(), dataclasses.asdict(proposal)] for request, proposal in self._waiting],
-            "known": [[*key, name] for key, name in self._validator.known.items()],
+            "known": [[*key, name] for key, name in self.validator.known.items()],
             "judge": self._judge.state(),
             "islands": self._islands.state(),
             "bandit": self._proposer.bandit.state() if isinstance(self._proposer, Mixture) else None,
@@ -402,81 +373,11 @@ class Loop:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.counts, self.errors = LoopCounts(**state["counts"]), state["errors"]
-        self.candidates = [_candidate(data) for data in state["candidates"]]
+        self.candidates = [self.validator.candidate(data) for data in state["candidates"]]
         self._requests = [Request.from_json(request) for request in state["requests"]]
         self._waiting = [(Request.from_json(request), Proposal(**told)) for request, told in state["waiting"]]
-        self._validator.known.update({(first, second): name for first, second, name in state["known"]})
+        self.validator.known.update({(first, second): name for first, second, name in state["known"]})
         self._judge.restore(state["judge"])
         self._islands.restore(state["islands"])
         if isinstance(self._proposer, Mixture):
             self._proposer.bandit.restore(state["bandit"])
-
-
-def _candidate(data: Mapping[str, Any]) -> Candidate:
-    proposal = data["proposal"] and Proposal(**data["proposal"])
-    return Candidate(
-        **{**data, "genome": parse(data["genome"]), "score": Score(**data["score"]), "parents": tuple(data["parents"]),
-           "proposal": proposal}
-    )  # fmt: skip
-
-
-def _guest(elite: Elite, number: int, round_: int) -> Candidate:
-    """The candidate of another worker, as one of ours without parents."""
-    facts = elite.facts
-    low, high = facts.get("interval", (math.nan, math.nan))
-    score = Score(elite.score, facts["stage"], elite.scores, low, high, facts["scale"], facts["rate"])
-    told = Proposal(elite.text, facts["name"], facts.get("thought", ""), f"worker {elite.worker}")
-    return Candidate(number, told.name, told.source, parse(facts["program"]), score, (), told, round_)
-
-
-def state_file(directory: Path, worker: int) -> Path:
-    """What worker ``worker`` of the search in ``directory`` goes on from."""
-    return directory / f"worker-{worker}.json"
-
-
-def workers(directory: Path) -> list[int]:
-    """Numbers of those that searched in ``directory``."""
-    return sorted(int(file.stem.removeprefix("worker-")) for file in directory.glob("worker-*.json"))
-
-
-def load(directory: Path, worker: int = 0) -> list[Candidate]:
-    """The candidates of a worker of the search in ``directory``, by number.
-
-    Raises:
-        ValueError: there is none.
-    """
-    file = state_file(directory, worker)
-    if not file.is_file():
-        raise ValueError(
-            f"{directory} holds no search for losses; make one with metaopt discover loss --out {directory}"
-        )
-    return [_candidate(data) for data in json.loads(file.read_text())["candidates"]]
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The winner among the elites of a search, on tasks that the search has not seen.
-
-    Attributes:
-        candidate: of the least mean there.
-        losses: means there, by number, of all that took part.
-        scale, rate: the setting of the winner there.
-    """
-
-    candidate: Candidate
-    losses: Mapping[int, float]
-    scale: float
-    rate: float
-
-
-ELITES = 12
-"""Of how many the winner is selected."""
-
-
-def select(candidates: Sequence[Candidate], judge: Judge, stage: Stage, most: int = ELITES) -> Selected:
-    """The best of the ``most`` best candidates on another stage: who was only lucky in the search is not chosen."""
-    elites = sorted(candidates, key=lambda candidate: candidate.score.loss)[:most]
-    scores = judge.scores_on(stage, [objective(elite.genome) for elite in elites])
-    losses = {elite.number: score.loss for elite, score in zip(elites, scores, strict=True)}
-    k = min(range(len(elites)), key=lambda k: scores[k].loss if math.isfinite(scores[k].loss) else math.inf)
-    return Selected(elites[k], losses, scores[k].scale, scores[k].rate)

@@ -1,0 +1,1 @@
+"""Search by proposers of texts: losses and update rules, written by language models and mutators."""

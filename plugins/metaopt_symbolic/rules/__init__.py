@@ -1,0 +1,1 @@
+"""Update rules that proposers write: how they are read, judged and shown."""
