@@ -11,6 +11,7 @@ import ast
 import io
 import math
 import re
+import threading
 import tokenize
 import unicodedata
 from collections.abc import Sequence
@@ -27,6 +28,10 @@ DEEPEST = 64
 """Brackets within brackets, and signs before one operand."""
 LONGEST_LOSS = 4096
 DEEPEST_LOSS = 24
+
+
+_PARSING = threading.Lock()
+"""Held while a tree is made: CPython 3.11 counts its depth for all threads together (https://github.com/python/cpython/issues/106905)."""
 
 
 class ProgramTextError(ValueError):
@@ -74,7 +79,8 @@ def syntax_tree(text: str, longest: int = LONGEST, deepest: int = DEEPEST) -> as
     if re.search(rf"(?:(?:[-+~]|\bnot\b)[\s\\]*){{{deepest},}}", text):
         raise ProgramTextError(f"an operand may have {deepest} signs")
     try:
-        tree = ast.parse(text)
+        with _PARSING:
+            tree = ast.parse(text)
         _require_plain_names(text)
     except SyntaxError as error:
         raise ProgramTextError(f"line {error.lineno}: no Python: {error.msg}") from None

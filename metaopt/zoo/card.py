@@ -113,7 +113,8 @@ class WeightsCard(Card):
 class ProgramCard(Card):
     """The card of a rule that a program search found, ``rule.py``, beside ``report.json``, the search's own record.
 
-    The cost, of the search alone, is ``children``, ``trained_candidates``, ``inner_steps`` and ``seconds``.
+    The cost, of the search alone, is ``children``, ``trained_candidates``, ``inner_steps`` and ``seconds``; of a search by
+    proposers that of `LossCard`.
 
     Attributes:
         program: the text of what the rule was traced to (`metaopt.program.parse_program` reads it).

@@ -135,7 +135,7 @@ class _Source:
 
 
 def _source(run: Path, race: Path | str | None) -> _Source:
-    if (run / LOSS_SEARCH_FILE).is_file():
+    if (run / LOSS_SEARCH_FILE).is_file() and not (run / TUNED_RECORD).is_file():  # proposers search for rules, too
         if race is not None:
             raise ValueError(
                 f"{run} is a search for losses, which take part in no race; metaopt discover compare {run}"
@@ -282,26 +282,40 @@ def _of_search(run: Path) -> _Source:
         "command": _commands(commands),
         "seed": config["seed"],
         "device": json.loads(config["judge"])["device"],
-        "cost": {
-            shown: round(sum(count[counted] for count in counts))
-            for shown, counted in {
-                "children": "children", "trained_candidates": "unique", "inner_steps": "updates", "seconds": "seconds",
-            }.items()
-        },
+        "cost": _cost_of_search(counts),
         "tasks": _tasks_of(choices),
         "data": _data_of(choices),
     }  # fmt: skip
     return _Source(rule, ProgramCard, fields, files)
 
 
+_COUNTED = {
+    "children": "children", "proposals": "proposed", "trained_candidates": "unique", "inner_steps": "updates",
+    "seconds": "seconds", "tokens": "tokens", "money": "cost",
+}  # fmt: skip
+"""What cards call what searchers and proposers count; of the latter, ``evaluated`` are the trained candidates."""
+
+
+def _cost_of_search(counts: list[dict[str, Any]]) -> dict[str, Any]:
+    summed = {key: sum(count[key] for count in counts) for key in counts[0]}
+    summed |= {"unique": summed["evaluated"]} if "evaluated" in summed else {}
+    shown = {name: summed[counted] for name, counted in _COUNTED.items() if counted in summed}
+    spent = {name: value for name, value in shown.items() if value or name not in ("tokens", "money")}
+    return {name: value if name == "money" else round(value) for name, value in spent.items()}
+
+
 def _search_command(report: dict[str, Any], out: str) -> list[Any]:
-    config = report["config"]
-    options = [part for name, value in config["options"].items() for part in ("--set", f"{name}={value}")]
+    config, counts = report["config"], report["counts"]
     judge = json.loads(config["judge"])
+    if "proposers" in config:
+        source = ["--proposer", ",".join(config["proposers"]), "--batch", config["batch"]]
+        budget = counts["evaluated"]
+    else:
+        options = [part for name, value in config["options"].items() for part in ("--set", f"{name}={value}")]
+        source, budget = ["--searcher", config["searcher"], *options], counts["children"]
     return [
         "discover", "rule", "--start", START_FILE, "--tasks", judge["asked"], "--judge", judge["judge"],
-        "--device", judge["device"], "--searcher", config["searcher"], *options,
-        "--seed", config["seed"], "--budget", report["counts"]["children"], "--out", out,
+        "--device", judge["device"], *source, "--seed", config["seed"], "--budget", budget, "--out", out,
         *(["--worker", report["worker"]] if report["worker"] else []),
     ]  # fmt: skip
 

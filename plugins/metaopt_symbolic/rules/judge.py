@@ -30,12 +30,10 @@ class Score(CandidateScore):
     Attributes:
         multiplier: the factor of the learning rate with these losses; where tasks have their own, the median.
         diverged: share of all runs of the stage that diverged, whatever the factor.
-        updates: inner steps that were planned for it, over all stages.
     """
 
     multiplier: float
     diverged: float
-    updates: int
 
     @property
     def fault(self) -> str:
@@ -65,7 +63,7 @@ class Judge:
     def scores(self, candidates: Sequence[Genome]) -> list[Score]:
         """One score per rule."""
         scores = self._cascade.scores([genome.program() for genome in candidates])
-        return [Score(-s.fitness, s.stage, s.losses, s.multiplier, s.diverged, s.updates) for s in scores]
+        return [Score(-s.fitness, s.stage, s.losses, s.multiplier, s.diverged) for s in scores]
 
     def state(self) -> dict[str, Any]:
         """See `Cascade.state`."""

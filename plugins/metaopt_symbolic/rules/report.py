@@ -33,12 +33,13 @@ def save(loop: Loop[Score], ledger: Ledger, references: Mapping[str, float] = NO
     Returns:
         The paths.
     """
-    champion = loop.best
+    champion, told = loop.best, loop.best.proposal
     text = tuned(champion.elite(loop.worker)).text()
     facts = {
         "references": dict(references),
         "champion": {
             "name": champion.name, "digest": champion.digest, "source": champion.source, "text": text,
+            "proposer": told.proposer if told else "start", "model": told.model if told else "",
             **dataclasses.asdict(champion.score),
         },
     }  # fmt: skip
