@@ -147,7 +147,7 @@ def test_every_seed_has_its_own_data() -> None:
 @pytest.mark.parametrize(
     ("names", "wrong"),
     [
-        (("nothing",), "holds no search for losses"),
+        (("nothing",), "holds no search by proposers"),
         (("mine", "other/mine"), "searches are told apart by the names of their directories"),
         (("dpo",), "is called as a published loss is: dpo"),
         (("open",), "holds a search that has not ended"),

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chat_server import Step, proposes, serving
@@ -147,6 +148,26 @@ def test_the_prompt_promises_what_is_read() -> None:
         source = f"def rule(param, grad, *, lr):\n    return param - lr * torch.{name}({args}) - lr * grad.norm() * grad.mean()"
         assert parse_program(source)
         assert validate(source) is None, name
+
+
+def test_what_the_grammar_lets_a_small_model_write_is_valid() -> None:
+    text = resources.files("metaopt_llm").joinpath("templates/rule.gbnf").read_text()
+    rules = dict(line.split(" ::= ", 1) for line in text.splitlines() if not line.startswith("#"))
+    rng = np.random.default_rng(0)
+
+    def derived(name: str) -> str:
+        parts = re.findall(r'"[^"]*"|\[.-.\]|[a-z-]+', str(rng.choice(rules[name].split(" | "))))
+        return "".join(map(written, parts))
+
+    def written(part: str) -> str:
+        if part.startswith("["):
+            return str(rng.integers(int(part[1]), int(part[3]) + 1))
+        return part[1:-1].replace(r"\n", "\n") if part.startswith('"') else derived(part)
+
+    found = {derived("root") for _ in range(200)}
+    assert len(found) > 150
+    errors = {source: RuleValidator()(source) for source in sorted(found)}
+    assert not {source: error for source, error in errors.items() if error}
 
 
 # -- judging -------------------------------------------------------------------------------------------------------------

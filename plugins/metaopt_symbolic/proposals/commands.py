@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 Calls = Annotated[int | None, typer.Option(help="Calls of language models at most.", min=0)]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of both directions that these may take.", min=0)]
 Money = Annotated[float | None, typer.Option(help="What these may cost, by --set price_input and price_output.", min=0)]
+Batch = Annotated[int, typer.Option(help="Proposals that are asked for at the same time.", min=1)]
+
 NAMED = 5
 """Of how many candidates an error gives the names."""
-
-Batch = Annotated[int, typer.Option(help="Proposals that are asked for at the same time.", min=1)]
 
 
 @dataclass(frozen=True)
