@@ -45,9 +45,9 @@ def rule(
             "earlier runs included."
         ),
     ] = "20m",
-    out: Annotated[Path, typer.Option(help="Directory of the search; one that holds a search goes on.")] = Path(
-        "runs/discover"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Directory of the search; one that holds a search goes on.", file_okay=False)
+    ] = Path("runs/discover"),
     searcher: Annotated[
         str | None, typer.Option(help="metaopt list proposers, those tagged rule; default: evolution.")
     ] = None,

@@ -187,10 +187,10 @@ def test_a_rule_has_the_loss_of_its_best_learning_rate() -> None:
     assert "diverged in 100 % of its runs" in exploded.fault
 
 
-def test_a_response_is_the_update_of_its_gradient() -> None:
-    gradients, update = response(read(NESTEROV), 3)
-    # velocities 1, 1.9, 2.71 of a gradient of 1
-    torch.testing.assert_close(update, gradients * (1 + 0.9 * 2.71))
+def test_a_response_is_the_update_of_each_step() -> None:
+    # velocities 1, 1.9, 0.71
+    wanted = torch.tensor([1 + 0.9, 1 + 0.9 * 1.9, -1 + 0.9 * 0.71], dtype=torch.float64)
+    torch.testing.assert_close(response(read(NESTEROV), (1.0, 1.0, -1.0)), wanted)
 
 
 # -- searching -------------------------------------------------------------------------------------------------------------

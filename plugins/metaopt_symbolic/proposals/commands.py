@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Generic
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import typer
-
-from metaopt_symbolic.proposals.candidate import S
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from metaopt.search import Budget, Ledger, Proposer, ProposerError
-    from metaopt_symbolic.proposals.candidate import CandidateValidator
+    from metaopt_symbolic.proposals.candidate import CandidateScore, CandidateValidator
     from metaopt_symbolic.proposals.loop import Judge, Loop
+
+S = TypeVar("S", bound="CandidateScore")
 
 Calls = Annotated[int | None, typer.Option(help="Calls of language models at most.", min=0)]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of both directions that these may take.", min=0)]

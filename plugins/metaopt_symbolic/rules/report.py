@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,11 @@ from metaopt_symbolic.proposals.loop import Loop
 from metaopt_symbolic.proposals.report import NOTHING, numbered, png, written
 from metaopt_symbolic.rules.judge import Score
 
-STEPS = (1, 10, 100)
-"""Updates with the same gradient, of pictures."""
+GRADIENTS = {
+    "1, then -1": (1.0,) * 30 + (-1.0,) * 30,
+    "1 at every tenth step, else 0": ((1.0,) + (0.0,) * 9) * 6,
+}
+"""Of pictures, by step."""
 
 
 def save(loop: Loop[Score], ledger: Ledger, references: Mapping[str, float] = NOTHING) -> list[Path]:
@@ -60,37 +63,35 @@ def described(candidate: Candidate[Score]) -> list[str]:
 
 
 def curves(genomes: Mapping[str, Genome]) -> bytes:
-    """Picture of updates by the gradient: of one element that is 0, after so many `STEPS` with that gradient, at lr = 1."""
+    """Picture of updates by step, of one element that stays 0, at lr = 1, for each course of `GRADIENTS`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, steps in zip(figure.subplots(1, len(STEPS)), STEPS, strict=True):
+    for axes, (course, gradients) in zip(figure.subplots(1, len(GRADIENTS)), GRADIENTS.items(), strict=True):
         for name, genome in genomes.items():
-            gradients, update = response(genome, steps)
-            axes.plot(gradients, update / update.abs().max().clamp_min(1e-30), label=name)
-        axes.set(xlabel="gradient", xscale="symlog", title=f"step {steps}")
+            updates = response(genome, gradients)
+            axes.plot(range(1, len(gradients) + 1), updates / updates.abs().max().clamp_min(1e-30), label=name)
+        axes.set(xlabel="step", title=f"gradient {course}")
         axes.axhline(0, color="gray", linewidth=0.5)
-        if steps == STEPS[0]:
-            axes.set(ylabel="update, in units of its largest")
-            axes.legend()
+    figure.axes[0].set(ylabel="update, in units of its largest")
+    figure.axes[0].legend()
     return png(figure)
 
 
-def response(genome: Genome, steps: int, points: int = 61) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients from -3 to 3, and what a parameter of one element, 0, loses in the last of ``steps`` updates with each of them.
+def response(genome: Genome, gradients: Sequence[float]) -> torch.Tensor:
+    """What a rule takes from a parameter of one element, which stays 0, at each of some steps: float64 [steps].
 
-    Returns:
-        Both float64 [points].
+    Args:
+        genome: of the rule.
+        gradients: one for each step.
     """
     program = genome.program()
-    gradients = torch.linspace(-3, 3, points, dtype=torch.float64)
+    nothing = torch.zeros(1, dtype=torch.float64)
+    slots = dict.fromkeys(program.tensors[2:], nothing)
     updates = []
-    for gradient in gradients[:, None]:  # one by one: a rule may read the norm of a tensor
-        slots = {name: torch.zeros(1, dtype=torch.float64) for name in program.tensors[2:]}
-        param = torch.zeros(1, dtype=torch.float64)
-        for step in range(1, steps + 1):
-            inputs = {"param": torch.zeros_like(param), "grad": gradient, **slots}
-            param, *new = evaluate(program, inputs, {"lr": 1.0, "t": float(step)})
-            slots = dict(zip(slots, new, strict=True))
-        updates.append(-param)
-    return gradients, torch.cat(updates)
+    for step, gradient in enumerate(gradients, 1):
+        inputs = {"param": nothing, "grad": torch.full_like(nothing, gradient), **slots}
+        new_param, *new_slots = evaluate(program, inputs, {"lr": 1.0, "t": float(step)})
+        slots = dict(zip(slots, new_slots, strict=True))
+        updates.append(-new_param)
+    return torch.cat(updates)
