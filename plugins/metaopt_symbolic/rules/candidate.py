@@ -62,7 +62,7 @@ class RuleValidator(CandidateValidator[Score]):
         return read(source)
 
     def behaviour(self, genome: Genome) -> Behaviour:
-        """What a rule does at a learning rate of 1, since rates are tuned.
+        """What a rule does; where one number multiplies ``lr``, at 1 in its place, since learning rates are tuned.
 
         Raises:
             ValueError: no program, updates that are no finite numbers, or that do not depend on the gradient.
