@@ -13,6 +13,7 @@ from metaopt.space import hyper, option
 from metaopt.tune.derivatives import add, norm, vjp
 from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, inner_gradients, scalar
 from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.inverse import refuse_optimizer_hypers
 
 
 class Darts(Method):
@@ -35,7 +36,9 @@ class Darts(Method):
         q = self.direction(inner, state, hypers, right)
         size = norm(q)
         reach = self.radius / torch.where(size > 0, size, 1)
-        ahead, behind = (loss_by_hypers(inner, add(params, q, sign * reach), hypers) for sign in (1, -1))
+        unused: set[str] = set()
+        ahead, behind = (loss_by_hypers(inner, add(params, q, sign * reach), hypers, unused) for sign in (1, -1))
+        refuse_optimizer_hypers(inner, state, hypers, unused)
         grads = tree.map_tree(lambda d, a, b: d - (a - b) / (2 * reach), direct, ahead, behind)
         return Hypergradient(value, grads, params, state)
 
@@ -87,6 +90,9 @@ class Penalty(Method):
         """Train, then go on with and without the outer objective."""
         state = inner.advance(inner.start(hypers), hypers, 0, inner.steps)
         params = inner.params(state)
+        unused: set[str] = set()
+        loss_by_hypers(inner, params, hypers, unused)
+        refuse_optimizer_hypers(inner, state, hypers, unused)  # before the two runs
         plain, tilted = (self._go_on(inner, outer, hypers, state, tilt) for tilt in (0.0, 1 / self.strength))
         _, right, direct = outer_gradients(outer, tilted, hypers)
         difference = add(loss_by_hypers(inner, tilted, hypers), loss_by_hypers(inner, plain, hypers), -1.0)
@@ -117,9 +123,9 @@ def outer_gradients(outer: Outer, params: Params, hypers: Hypers) -> tuple[Tenso
     return value, *pull(torch.ones_like(value))
 
 
-def loss_by_hypers(inner: Inner, params: Params, hypers: Hypers) -> Hypers:
-    """dg/dl of the inner loss of all data."""
+def loss_by_hypers(inner: Inner, params: Params, hypers: Hypers, unused: set[str] | None = None) -> Hypers:
+    """dg/dl of the inner loss of all data; ``unused`` gets the names of the hypers that it does not use."""
     loss = inner.loss
     assert loss is not None
-    value, pull = vjp(lambda h: loss(params, h), hypers, names=["hypers"], second_order=False)
+    value, pull = vjp(lambda h: loss(params, h), hypers, names=["hypers"], second_order=False, proven=unused)
     return pull(torch.ones_like(value))[0]

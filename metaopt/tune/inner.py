@@ -200,6 +200,7 @@ def value_and_gradients(
     latter inside its transforms, where nothing else works.
 
     Raises:
+        ValueError: the loss is no scalar.
         MissingGradient: where gradients are recorded, they depend on the parameters and have no derivatives.
     """
     if torch._C._are_functorch_transforms_active():
@@ -211,6 +212,8 @@ def value_and_gradients(
             name: p if recorded and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()
         }
         value, buffers = loss(inputs)
+        if value.dim():
+            raise ValueError(f"the inner loss must be a scalar, got shape {tuple(value.shape)}; take its mean or sum")
         found = torch.autograd.grad(value, list(inputs.values()), create_graph=recorded, allow_unused=True)
     grads = {name: torch.zeros_like(inputs[name]) if g is None else g for name, g in zip(inputs, found, strict=True)}
     if not recorded:

@@ -41,12 +41,7 @@ class _Implicit(Method):
         _, mixed = vjp(lambda h: inner_gradients(inner, params, h), hypers, names=["hypers"], proven=unused)
         (through,) = mixed(q)
         grads = add(direct, through, -1.0)
-        optimizers = optimizer_hypers(inner, state, hypers, unused)
-        if optimizers:  # their derivative here would be a zero that the run contradicts
-            raise ValueError(
-                f"{min(optimizers)} acts on the steps but not on the inner loss, so the optimum does not depend on it and no "
-                f"implicit method can differentiate it; use one that differentiates the run, such as 'replay' or 'forward'"
-            )
+        refuse_optimizer_hypers(inner, state, hypers, unused)
         diagnostics = {"stationarity": norm(gradients), "residual": residual}
         return Hypergradient(value, grads, params, state, diagnostics)
 
@@ -69,6 +64,16 @@ def optimizer_hypers(inner: Inner, state: State, hypers: Hypers, unused: set[str
         return set()
     last = inner.steps - 1
     return depends(lambda h: inner.step(state, h, last), [hypers], ["hypers"], unused)
+
+
+def refuse_optimizer_hypers(inner: Inner, state: State, hypers: Hypers, unused: set[str]) -> None:
+    """Refuse those hypers: their derivative through the inner loss would be a zero that the run contradicts."""
+    optimizers = optimizer_hypers(inner, state, hypers, unused)
+    if optimizers:
+        raise ValueError(
+            f"{min(optimizers)} acts on the steps but not on the inner loss, whose derivatives are all that this method takes; "
+            f"use one that differentiates the run, such as 'replay', or 'es'"
+        )
 
 
 class ConjugateGradient(_Implicit):

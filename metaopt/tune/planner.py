@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from metaopt import registry, tree
-from metaopt.tune.derivatives import MissingGradient, floating, norm, transformed, vjp
+from metaopt.tune.derivatives import MissingGradient, filled, floating, norm, transformed, vjp
+from metaopt.tune.first_order import loss_by_hypers
 from metaopt.tune.hypergradient import METHODS, Facts, Method, Outer, inner_gradients, require
 from metaopt.tune.inner import Hypers, Inner
 from metaopt.tune.inverse import optimizer_hypers
@@ -59,7 +60,7 @@ def plan(inner: Inner, outer: Outer, hypers: Hypers, memory: float = DEFAULT_MEM
     with torch.no_grad():
         hypers = tree.detach(hypers)
         facts, seconds = _measured(inner, hypers)
-        obstacle = _second_order_obstacle(inner, hypers)
+        obstacle, forward = _second_order_obstacle(inner, hypers), _forward_obstacle(inner, hypers)
     rows = []
     for name in METHODS:
         method: Method = registry.create("hypergradient", name)
@@ -67,6 +68,8 @@ def plan(inner: Inner, outer: Outer, hypers: Hypers, memory: float = DEFAULT_MEM
         why_not = _lack(inner, name, method) or (
             obstacle if "second" in method.needs and not _by_hand(inner, name) else ""
         )
+        if "forward" in method.needs:
+            why_not = why_not or forward
         exact = "exact" in registry.get("hypergradient", name).tags
         rows.append(Plan(name, cost.time * seconds, cost.bytes, cost.bytes <= memory, exact, why_not))
     return sorted(rows, key=lambda row: row.seconds)
@@ -101,7 +104,7 @@ def choose(inner: Inner, outer: Outer, hypers: Hypers, memory: float | None) -> 
     memory = DEFAULT_MEMORY if memory is None else memory
     obstacle = _second_order_obstacle(inner, hypers)
     if obstacle:
-        first = "penalty" if inner.loss is not None and inner.update is not None else "es"
+        first = "penalty" if inner.update is not None and _all_in_loss(inner, hypers) else "es"
         return Choice(first, inner, f"{obstacle}; {first} needs none", {})
     facts, _ = _measured(inner, hypers)
     graph = registry.create("hypergradient", "unroll").cost(facts).bytes
@@ -113,9 +116,12 @@ def choose(inner: Inner, outer: Outer, hypers: Hypers, memory: float | None) -> 
         iterations = min(facts.parameters, _CG_ITERATIONS)
         why = f"{too_large}; training solves the inner problem, so its optimum can be differentiated instead"
         return Choice("cg", solved, why, {"iterations": iterations})
-    names = ("checkpoint", "replay", "forward")
+    names = ("checkpoint", "replay", *(("forward",) if not _forward_obstacle(inner, hypers) else ()))
     costs = {name: registry.create("hypergradient", name).cost(facts) for name in names}
-    fitting = [name for name in names if costs[name].bytes <= memory] or ["replay"]
+    fitting = [name for name in names if costs[name].bytes <= memory]
+    if not fitting:  # forward mode may be leaner, but is slower with every hyper
+        least = _size(costs["replay"].bytes)
+        return Choice("replay", inner, f"{too_large}; no exact method fits, and replay comes closest ({least})", {})
     name = min(fitting, key=lambda name: costs[name].time)
     return Choice(name, inner, f"{too_large}; {name} is the quickest exact method that fits", {})
 
@@ -150,6 +156,37 @@ def _second_order_obstacle(inner: Inner, hypers: Hypers) -> str:
     except RuntimeError as error:  # what torch says of operations without second derivatives
         return f"the step has no second derivatives ({str(error).splitlines()[0]})"
     return ""
+
+
+def _forward_obstacle(inner: Inner, hypers: Hypers) -> str:
+    """Why a step cannot be differentiated in forward mode; empty if it can."""
+    if not inner.steps:
+        return ""
+    state = inner.start(hypers)
+    point = (floating(state), hypers)
+
+    def slope(scale: Tensor) -> Any:
+        tangents = tree.map_tree(lambda leaf: scale * leaf, {"state": point[0], "hypers": point[1]})
+        step = torch.func.jvp(
+            lambda s, h: floating(inner.step(filled(state, s), h, 0)), point, (tangents["state"], tangents["hypers"])
+        )
+        return step[1]
+
+    try:
+        with torch.enable_grad():
+            torch.vmap(slope)(torch.ones(1))
+    except RuntimeError as error:  # what torch says of operations without them
+        return f"the step has no forward derivatives ({str(error).splitlines()[0]})"
+    return ""
+
+
+def _all_in_loss(inner: Inner, hypers: Hypers) -> bool:
+    """Whether the inner loss is stated and no hyper acts on the steps alone, as a learning rate does."""
+    if inner.loss is None:
+        return False
+    state, unused = inner.start(hypers), set[str]()
+    loss_by_hypers(inner, inner.params(state), hypers, unused)
+    return not optimizer_hypers(inner, state, hypers, unused)
 
 
 def _solved(inner: Inner, hypers: Hypers) -> Inner | None:

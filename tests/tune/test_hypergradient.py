@@ -227,11 +227,12 @@ def test_a_step_may_bring_its_own_adjoint() -> None:
         hypergradient(Inner(start, step, 5, lambda state: state), lambda p, h: p["w"].sum(), hypers, "replay")
 
 
-def test_implicit_methods_refuse_hyperparameters_of_the_optimizer() -> None:
+@pytest.mark.parametrize("method", ["cg", "darts", "penalty", "sama"])
+def test_methods_that_see_the_loss_alone_refuse_hyperparameters_of_the_optimizer(method: str) -> None:
     loss, outer, params, hypers = network()
     inner = Inner.of_rule(loss, SGD(), params, 3, hp=["lr"])
     with pytest.raises(ValueError, match=r"hypers\['lr'\] acts on the steps but not on the inner loss"):
-        hypergradient(inner, outer, hypers | {"lr": torch.tensor(0.1, dtype=torch.float64)}, "cg")
+        hypergradient(inner, outer, hypers | {"lr": torch.tensor(0.1, dtype=torch.float64)}, method)
 
 
 def test_neumann_refuses_a_step_that_diverges() -> None:
@@ -249,6 +250,8 @@ def test_what_is_refused_at_the_door() -> None:
         hypergradient(inner, outer, {"n": torch.tensor(3)}, "unroll")
     with pytest.raises(ValueError, match=r"outer must return a scalar, got shape \(4,\)"):
         hypergradient(inner, lambda p, h: p["out"], hypers, "unroll")
+    with pytest.raises(ValueError, match=r"the inner loss must be a scalar, got shape \(4,\)"):
+        hypergradient(Inner.of_rule(lambda p, h, _: p["out"], SGD(), params, 2), outer, hypers, "unroll")
     with pytest.raises(ValueError, match="differentiates the inner loss of all data"):
         hypergradient(inner, outer, hypers, "cg")
     with pytest.raises(TypeError, match="SGD has no hyperparameter 'rate'"):
@@ -286,8 +289,28 @@ def test_auto_says_why() -> None:
     method, why = choose(problem.inner(), memory=2000)
     assert method == "cg" and "solves the inner problem" in why
     lossless = Inner(**{**vars(problem.inner()), "loss": None})
-    method, why = choose(lossless, memory=2000)
-    assert method in ("checkpoint", "replay", "forward") and "fits" in why
+    method, why = choose(lossless, memory=20_000)
+    assert method in ("checkpoint", "replay", "forward") and "quickest exact method that fits" in why
+    method, why = choose(lossless, memory=10)
+    assert method == "replay" and "no exact method fits" in why
+
+
+def test_auto_leaves_forward_mode_where_an_operation_lacks_it() -> None:
+    """Torch's Huber loss has second derivatives and no forward ones; with a single hyper forward mode would be the quickest."""
+    x, y = draws(12, 3, seed=1), draws(12, seed=2)
+    inner = Inner.of_rule(
+        lambda p, h, _: torch.nn.functional.huber_loss(x @ p["w"], y) + h["l"] * (p["w"] ** 2).sum(),
+        SGD(lr=0.1), {"w": torch.zeros(3, dtype=torch.float64)}, 30,
+    )  # fmt: skip
+    hypers = {"l": torch.tensor(0.1, dtype=torch.float64)}
+
+    def outer(p: Params, h: Hypers) -> Tensor:
+        return (p["w"] - 1).square().sum()
+
+    assert next(row for row in plan(inner, outer, hypers) if row.method == "forward").obstacle
+    found = hypergradient(inner, outer, hypers, memory=3000)
+    assert found.diagnostics["method"] in ("checkpoint", "replay") and "fits" in found.diagnostics["why"]
+    assert same(found.grads, gradient_of(inner, outer, hypers, "unroll"))
 
 
 def test_auto_turns_to_first_order_methods_without_second_derivatives() -> None:
@@ -296,6 +319,11 @@ def test_auto_turns_to_first_order_methods_without_second_derivatives() -> None:
     )
     result = hypergradient(inner, lambda p, h: p["w"].sum(), {"l": torch.ones(2)})
     assert result.diagnostics["method"] == "penalty" and "no derivative" in result.diagnostics["why"]
+    rates = Inner.of_rule(
+        lambda p, h, _: _OnceDifferentiable.apply(p["w"] - 1, h["l"]), SGD(), {"w": torch.zeros(2)}, 3, hp=["lr"]
+    )
+    result = hypergradient(rates, lambda p, h: p["w"].sum(), {"l": torch.ones(2), "lr": torch.tensor(0.1)})
+    assert result.diagnostics["method"] == "es"  # the inner loss knows no learning rate
 
 
 def test_plan_predicts_memory_in_its_order() -> None:
