@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ SAMPLERS: dict[str, Callable[[int | None], BaseSampler]] = {
     "random": lambda seed: samplers.RandomSampler(seed=seed),
     "qmc": lambda seed: samplers.QMCSampler(scramble=True, seed=seed, warn_asynchronous_seeding=False),
     "gp": lambda seed: samplers.GPSampler(seed=seed),
-    "cmaes": lambda seed: samplers.CmaEsSampler(seed=seed),
+    "cmaes": lambda seed: _cmaes(seed),
     "nsga2": lambda seed: samplers.NSGAIISampler(seed=seed),
 }
 """Name -> sampler for a seed. ``gp`` is for few continuous dimensions and slow trials, ``cmaes`` (its package) for many."""
@@ -84,6 +85,11 @@ def pruner(name: str, units: int) -> BasePruner:
         ValueError: an unknown name.
     """
     return _named("pruner", PRUNERS, name)(units)
+
+
+def _cmaes(seed: int | None) -> BaseSampler:
+    importlib.import_module("cmaes")  # which Optuna imports only when it samples
+    return samplers.CmaEsSampler(seed=seed)
 
 
 def _named(kind: str, table: dict[str, Any], name: str) -> Any:

@@ -39,10 +39,12 @@ def search(
         The directory of the best trial's run.
 
     Raises:
-        ValueError: the study maximises, the problem has no holdout, or no trial was completed.
+        ValueError: ``trials`` < 1, the study maximises, the problem has no holdout, or no trial was completed.
     """
     import optuna
 
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
     if study.directions != [optuna.study.StudyDirection.MINIMIZE]:
         raise ValueError("the study must minimise one objective, the holdout loss; make it with direction='minimize'")
     directory = Path(directory)

@@ -164,8 +164,13 @@ def cross_entropy(
         what was found, and the learned optimizer with its theta, which `metaopt.resolve.save_theta` writes.
 
     Raises:
-        ValueError: an optimizer that is not registered, wrappers, or a hyperparameter that cannot have a schedule.
+        ValueError: fewer trials than ``population``, an optimizer that is not registered, wrappers, or a hyperparameter that
+            cannot have a schedule.
     """
+    if config.trials < population:
+        raise ValueError(
+            f"cross-entropy trains {population} schedules at a time, got {config.trials} trials; give more"
+        )
     if config.wrappers or config.fixed:
         raise ValueError(
             "cross-entropy searches schedules of a registered optimizer as it is; leave --schedule and --set out"
@@ -181,7 +186,7 @@ def cross_entropy(
     first = learned.init_theta(generator)
     mean = to_vector(first).double()
     deviation = torch.full_like(mean, spread)
-    generations, fifth = max(1, config.trials // population), max(2, population // 5)
+    generations, fifth = config.trials // population, max(2, population // 5)
     for _ in range(generations):
         drawn = mean + deviation * torch.randn(population, len(mean), generator=generator, dtype=torch.float64)
         seeds = problem.seeds * population

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from torch import Tensor
 
 from metaopt import registry
 from metaopt.evaluate.baseline import baseline_of
@@ -103,7 +104,7 @@ def sampler_for(optimizer: str, seed: int | None = None) -> BaseSampler:
     return PriorSampler(priors(optimizer), sampler("tpe", seed))
 
 
-def pruning_callback(trial: Trial, every: int = 100, smoothing: float = 0.9) -> Callable[[int, float], None]:
+def pruning_callback(trial: Trial, every: int = 100, smoothing: float = 0.9) -> Callable[[int, float | Tensor], None]:
     """For an ordinary training loop: call the result as ``callback(step, loss)`` after each step.
 
     The running mean of the loss, bias-corrected, is reported once in ``every`` steps, as budget units 1, 2, ...
@@ -120,9 +121,9 @@ def pruning_callback(trial: Trial, every: int = 100, smoothing: float = 0.9) -> 
         raise ValueError(f"every must be at least 1 and smoothing in [0, 1), got {every} and {smoothing}")
     mean, calls = 0.0, 0
 
-    def callback(step: int, loss: float) -> None:
+    def callback(step: int, loss: float | Tensor) -> None:
         nonlocal mean, calls
-        loss = float(loss)
+        loss = loss.item() if isinstance(loss, Tensor) else float(loss)
         if not math.isfinite(loss):
             raise optuna.TrialPruned(f"the loss at step {step} is {loss}")
         mean, calls = smoothing * mean + (1 - smoothing) * loss, calls + 1

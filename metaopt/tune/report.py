@@ -53,6 +53,23 @@ def save(problem: Problem, study: optuna.Study, selection: Selection, directory:
     ]
 
 
+def check_directory(directory: Path, problem: Problem) -> None:
+    """Refuse a directory that holds the result of another search, which `save` would replace.
+
+    Raises:
+        ValueError: it does.
+    """
+    path = directory / RESULT_FILE
+    if not path.exists():
+        return
+    settings = json.loads(path.read_text())["settings"]
+    kept, asked = ((of["optimizer"], of["task"]) for of in (settings, problem.settings()))
+    if kept != asked:
+        raise ValueError(
+            f"{directory} holds the result of {kept[0]} on {kept[1]}, not {asked[0]} on {asked[1]}; choose another directory"
+        )
+
+
 def counts(study: optuna.Study) -> dict[str, int]:
     """How many trials are in each state, and how many of the pruned ones diverged."""
     trials = study.get_trials(deepcopy=False)

@@ -173,6 +173,11 @@ def _number(label: str, name: str, entry: int | None, declared: Hyper, given: st
             raise ValueError(f"the range of {label} must look like {label}=1e-4:1e-1, got {given!r}") from None
     spreads = {"linear": True, "log": low > 0, "decay": high < 1}[declared.scale]
     if not (declared.contains(low) and declared.contains(high) and low < high and spreads):
+        if given is None:
+            raise ValueError(
+                f"{label} declares no range to search; write {label}=LOW:HIGH, inside {declared.domain} on a {declared.scale} "
+                f"scale"
+            )
         raise ValueError(
             f"the range of {label} must be low < high inside {declared.domain} on a {declared.scale} scale, got {low:g} to "
             f"{high:g}; write {label}=LOW:HIGH"

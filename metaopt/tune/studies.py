@@ -23,7 +23,7 @@ def open_storage(url: str) -> BaseStorage:
             URL of SQLAlchemy, or ``grpc://HOST:PORT`` of ``optuna.storages.run_grpc_proxy_server``.
 
     Raises:
-        ValueError: text that is none of these, or a driver that is not installed.
+        ValueError: text that is none of these, a driver that is not installed, or a database that cannot be opened.
     """
     scheme, colon, rest = url.partition(":")
     if not colon or not rest:
@@ -35,11 +35,15 @@ def open_storage(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(rest))
     if scheme == "grpc":
         return _grpc_proxy(url)
+    from sqlalchemy.exc import OperationalError  # Optuna's own dependency; slow to import
+
     waits = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {"pool_pre_ping": True}
     try:
         return RDBStorage(url, engine_kwargs=waits)
     except ImportError as error:
         raise ValueError(f"storage {url!r} needs a package that is not installed: {error}") from error
+    except OperationalError as error:
+        raise ValueError(f"storage {url!r} cannot be opened: {str(error.orig).splitlines()[0]}") from error
 
 
 def _grpc_proxy(url: str) -> BaseStorage:

@@ -92,6 +92,9 @@ class TuneConfig:
             raise ValueError(f"objectives must be different and begin with loss, got {', '.join(self.objectives)}")
         if len(self.objectives) > 1 and self.pruner not in ("none", "lockstep"):
             raise ValueError(f"Optuna prunes by one objective only, got {len(self.objectives)}; give pruner='none'")
+        for name, limit in self.constraints.items():
+            if not isinstance(limit, (int, float)) or not limit > 0:
+                raise ValueError(f"the limit of {name} must be a number above 0, got {limit!r}")
 
 
 class Problem:
@@ -296,7 +299,9 @@ def select(problem: Problem, study: optuna.Study, *, top: int = 5, seeds: int = 
     if len(study.directions) > 1:
         front = {trial.number for trial in study.best_trials}
         kept = [trial for trial in kept if trial.number in front]
-    best = sorted(kept, key=lambda trial: (trial.values[0], trial.number))[:top]
+    ranked = sorted(kept, key=lambda trial: (trial.values[0], trial.number))
+    # samplers repeat points of a small space
+    best = [trial for i, trial in enumerate(ranked) if all(trial.params != other.params for other in ranked[:i])][:top]
     config = problem.config
     course = problem.course
     if on is not None:
@@ -363,10 +368,17 @@ def tune(
         KeyboardInterrupt: everything told is kept, and trials under way are in the queue again; the same call goes on.
     """
     require_optuna()
-    from metaopt.tune import report, studies
+    from metaopt.tune import algorithms, report, studies
 
     problem = Problem(config)
+    # what cannot run is refused before a study holds it, which would refuse the corrected settings
+    algorithms.sampler(config.sampler, config.seed)
+    algorithms.pruner(config.pruner, problem.units)
+    problem.lockstep()
+    if select_on is not None:
+        registry.create("task", select_on, device=config.device)
     directory = Path(directory)
+    report.check_directory(directory, problem)
     url = storage or f"journal:{directory / studies.STUDY_FILE}"
     study = studies.open_study(
         studies.open_storage(url), name or study_name(config), problem.settings(), len(config.objectives)

@@ -43,6 +43,11 @@ def test_cross_entropy_raises_a_learning_rate_that_is_too_low(tmp_path: Path) ->
         (["--method", "hyperband"], "method must be optuna, pbt or cross-entropy, got 'hyperband'"),
         (["--method", "pbt", "--trials", "2"], "a population needs at least 4 members, got 2"),
         (["--method", "pbt", "--search", "nesterov"], "pbt moves numbers during training, which nesterov is not"),
+        (
+            ["--method", "pbt", "--sampler", "gp", "--limit", "memory=1"],
+            "pbt does not read --sampler, --limit; leave it",
+        ),
+        (["--method", "cross-entropy", "--trials", "3"], "cross-entropy trains 32 schedules at a time, got 3 trials"),
         (["--method", "cross-entropy", "--schedule", "cosine"], "leave --schedule and --set out"),
     ],
 )

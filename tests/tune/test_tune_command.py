@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from optuna.trial import FixedTrial, TrialState
 from metaopt import registry
 from metaopt.cli import main
 from metaopt.resolve import resolve_rule
+from metaopt.rule import ElementwiseRule
+from metaopt.space import hyper
 from metaopt.tune import algorithms, pruning_callback, sampler_for, tuning
 from metaopt.tune.lockstep import Lockstep, Run
 from metaopt.tune.search_space import SearchSpace
@@ -82,12 +85,25 @@ def test_impossible_spaces_are_refused(asked: str, message: str) -> None:
         SearchSpace.of_rule(resolve_rule("adamw"), [asked])
 
 
+def test_a_number_without_a_declared_range_needs_one() -> None:
+    class Shrink(ElementwiseRule):
+        beta: float = hyper(0.9, 0.0, 1.0, open_high=True)
+
+        def elementwise(self, param: Any, grad: Any, beta: Any) -> Any:  # type: ignore[override]
+            return beta * param
+
+    with pytest.raises(ValueError, match=r"beta declares no range to search; write beta=LOW:HIGH, inside \[0, 1\)"):
+        SearchSpace.of_rule(Shrink(), ["beta"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"objectives": ("time",)}, "objectives must be different and begin with loss"),
         ({"constraints": {"heat": 1.0}}, "objectives and constraints are of loss, time, memory, got 'heat'"),
+        ({"constraints": {"memory": -1.0}}, "the limit of memory must be a number above 0, got -1.0"),
+        ({"constraints": {"memory": "1MB"}}, "the limit of memory must be a number above 0, got '1MB'"),
         ({"objectives": ("loss", "time"), "pruner": "median"}, "Optuna prunes by one objective only"),
     ],
 )  # fmt: skip
@@ -103,10 +119,35 @@ def test_names_and_urls_that_are_none_are_refused(tmp_path: Path) -> None:
         algorithms.pruner("best", 10)
     with pytest.raises(ValueError, match="storage must be journal:PATH"):
         open_storage("study.log")
+    with pytest.raises(ValueError, match=r"nowhere/study\.db' cannot be opened: unable to open database file"):
+        open_storage(f"sqlite:///{tmp_path}/nowhere/study.db")
     with pytest.raises(ValueError, match="units must divide the 40 steps of a run, got 7; try 10"):
         Problem(dataclasses.replace(CONFIG, units=7)).lockstep()
     with pytest.raises(ValueError, match="the storage holds no study 'mine'; it holds none"):
         tuning.join(f"journal:{tmp_path / 'log'}", "mine")
+
+
+def test_a_sampler_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cmaes", None)  # type: ignore[arg-type] # as if it were not installed
+    with pytest.raises(ValueError, match="sampler 'cmaes' needs a package that is not installed"):
+        algorithms.sampler("cmaes", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "tpee"}, "sampler must be one of"),
+        ({"pruner": "mediann"}, "pruner must be one of"),
+        ({"units": 7}, "units must divide the 40 steps of a run, got 7"),
+    ],
+)  # fmt: skip
+def test_settings_that_were_refused_leave_no_study_behind(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Such a study would refuse the corrected settings as those of another search."""
+    with pytest.raises(ValueError, match=message):
+        tune(dataclasses.replace(CONFIG, **change), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="no task is called 'digits_mpl'"):  # before any trial
+        tune(CONFIG, tmp_path / "run", select_on="digits_mpl", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_trials_that_train_together_get_the_values_of_trials_alone() -> None:
@@ -195,6 +236,8 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         assert (old.params, old.values) == (new.params, new.values)
     with pytest.raises(ValueError, match=r"search with search=\['lr'\], not \['beta1'\]; give the same"):
         tune(dataclasses.replace(more, search=("beta1",)), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"holds the result of adamw on digits_mlp, not lion on digits_mlp; choose"):
+        tune(dataclasses.replace(config, optimizer="lion"), tmp_path, progress=False)
     # the report, and what race makes of it
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".txt", ".png", ".log"}
     winner = result.selection.winner
@@ -219,6 +262,14 @@ def test_the_winner_is_chosen_by_other_seeds_than_its_trials() -> None:
     one = Lockstep(problem.course, problem.rule, problem.seeds, 1)
     one.admit([Run(0, chosen.winner.values)])
     assert one.advance()[0].score != pytest.approx(chosen.winner.valid.iqm, rel=1e-6)
+
+
+def test_a_point_that_was_tried_twice_is_one_candidate() -> None:
+    problem = Problem(dataclasses.replace(CONFIG, optimizer="sgd", search=("nesterov",), pruner="none"))
+    study = in_memory(problem)
+    work(problem, study, batch=8, first=True)  # 8 trials of two choices
+    chosen = select(problem, study, top=5, seeds=2)
+    assert sorted(candidate.values["nesterov"] for candidate in chosen.candidates) == [False, True]
 
 
 def test_several_objectives_and_limits() -> None:
@@ -266,14 +317,14 @@ def test_a_training_loop_reports_and_is_pruned() -> None:
     trial = study.ask()
     callback = pruning_callback(trial, every=2, smoothing=0.5)
     callback(0, 0.0)
-    callback(1, 0.9)
+    callback(1, torch.tensor(0.9, requires_grad=True))
     # bias-corrected mean of 0 and 0.9 with weights 1/4 and 1/2 over 3/4
     assert study.trials[0].intermediate_values == {1: pytest.approx(0.6)}
     callback(2, 2.0)
     with pytest.raises(optuna.TrialPruned):
         callback(3, 2.0)
     with pytest.raises(optuna.TrialPruned, match="the loss at step 4 is nan"):
-        callback(4, torch.tensor(math.nan))  # type: ignore[arg-type]
+        callback(4, torch.tensor(math.nan))
 
 
 DEPRECATED = (
@@ -299,6 +350,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--confirm-seeds", "2", "--schedule", "constant,cosine"]) == 0
     best = json.loads((tmp_path / "tune" / "best.json").read_text())
     assert best["wrappers"] == ["scheduled"] and set(best["values"]) >= {"lr", "schedule"}
+    assert main(["export", f"{out}/best.json", "--to", str(tmp_path / "tuned.py")]) == 0
+    assert "class Scheduled" in (tmp_path / "tuned.py").read_text()
     assert "next: metaopt race" in capsys.readouterr().err.replace("\n", " ")
     storage = f"journal:{out}/study.log"
     assert main(["worker", "--storage", storage, "--study", "adamw on booth", "--trials", "6"]) == 0

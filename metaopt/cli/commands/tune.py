@@ -13,9 +13,14 @@ Batch = Annotated[int, typer.Option(help="Trials that train together in this pro
 Grace = Annotated[
     float, typer.Option(help="Seconds without a sign of life until another process's trials are run again.", min=0)
 ]
+_OF_OPTUNA = (
+    "sampler", "pruner", "objectives", "limit", "batch", "top", "confirm_seeds", "select_on", "storage", "study",
+)  # fmt: skip
+"""Options that the methods of populations do not read."""
 
 
 def tune(
+    context: typer.Context,
     optimizer: Annotated[str, typer.Argument(metavar="OPT", help="As for metaopt race: a name, FILE.py:RULE, ...")],
     task: Annotated[str, typer.Option(help="What to train (metaopt list tasks).")] = "digits_mlp",
     trials: Annotated[int, typer.Option(help="Trials that are to finish, by all processes together.", min=1)] = 100,
@@ -85,11 +90,16 @@ def tune(
         optimizer, task, trials=trials, wrappers=tuple(wrappers), fixed=fixed,
         search=(*(search or [ALL]), *([f"schedule={schedule}"] if "," in schedule else [])),
         seeds=seeds, steps=steps, units=units, sampler=sampler, pruner=pruner,
-        objectives=tuple(objectives.split(",")), constraints={k: float(v) for k, v in parse_settings(limit or []).items()},
+        objectives=tuple(objectives.split(",")), constraints=parse_settings(limit or []),
         seed=seed, device=check_device(device), backend=backend,
     )  # fmt: skip
     console = Console(stderr=True, soft_wrap=True)
     if method != "optuna":
+        sources = {name: context.get_parameter_source(name) for name in _OF_OPTUNA}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        unread = [f"--{name.replace('_', '-')}" for name in given]
+        if unread:
+            raise ValueError(f"--method {method} does not read {', '.join(unread)}; leave it out")
         console.print(population.run(method, config, out))
         return
     require_optuna()
@@ -111,7 +121,7 @@ def tune(
         raise
     console.print(report.table(result.problem, result.study, result.selection))
     console.print(
-        f"written to [bold]{out}[/bold]; next: metaopt race {out}/{report.BEST_FILE} {optimizer} --tasks {task}"
+        f"written to [bold]{out}[/bold]; next: metaopt race {out}/{report.BEST_FILE} {optimizer} --tasks {select_on or task}"
     )
 
 
