@@ -5,6 +5,7 @@ After Blondel et al. 2022, "Efficient and modular implicit differentiation" (arX
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.random import normal
 from metaopt.tree import Tree
-from metaopt.tune.derivatives import add, filled, floating, like
+from metaopt.tune.derivatives import add, dot, filled, floating, like, norm, transformed
 from metaopt.tune.linear_solve import conjugate_gradient
 
 Optimality = Callable[..., Tree]
@@ -48,7 +50,8 @@ def implicit(
         tolerance: its relative residual at which to stop (not under ``vmap``).
 
     Raises:
-        ValueError: ``iterations`` < 1.
+        ValueError: ``iterations`` < 1; when derivatives are taken outside transforms, a J that is not symmetric where
+            ``symmetric`` says so.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
@@ -95,6 +98,8 @@ class _Problem:
                 return product(u, x, given)
 
             if self.symmetric:
+                if not transformed():
+                    _require_symmetric(matrix, right)
                 return conjugate_gradient(matrix, right, self.iterations, self.tolerance)[0]
             adjoint = _pullback(matrix, right)
             return conjugate_gradient(
@@ -142,6 +147,20 @@ class _Solution(torch.autograd.Function):
         found: Any = torch.func.jvp(lambda *given: problem.optimality(x, *map(filled, arguments, given)), parts, slopes)
         right = found[1]
         return tuple(tree.leaves(problem.linear(x, arguments, tree.map_tree(torch.neg, right), transposed=False)))
+
+
+def _require_symmetric(matrix: Callable[[Tree], Tree], example: Tree) -> None:
+    """Refuse a map with <u, A v> other than <v, A u>, for which conjugate gradients would give anything."""
+    streams = itertools.count()
+    key = torch.zeros((), dtype=torch.int64, device=next(tree.leaves(example)).device)
+    u, v = (tree.map_tree(lambda leaf: normal(key, leaf.shape, next(streams), leaf.dtype), example) for _ in range(2))
+    image = matrix(v)
+    rounding = torch.finfo(next(tree.leaves(image)).dtype).eps ** 0.5
+    if bool((dot(u, image) - dot(v, matrix(u))).abs() > rounding * norm(u) * norm(image)):
+        raise ValueError(
+            "the derivative of the optimality function is not symmetric, as that of a gradient is; give implicit "
+            "symmetric=False"
+        )
 
 
 def _pullback(function: Callable[..., Tree], *inputs: Tree) -> Callable[[Tree], tuple[Tree, ...]]:

@@ -29,7 +29,7 @@ from metaopt.files import write_atomic
 from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
 from metaopt.resolve import resolve_rule
 from metaopt.rule import Context, Params, UpdateRule, infer_info
-from metaopt.tune import Hypers, Inner, hypergradient, tolerances
+from metaopt.tune import METHODS, Hypers, Inner, hypergradient, tolerances
 from metaopt.tune.problem import BilevelProblem
 
 CHECKPOINT_FILE, CONFIG_FILE, RESULT_FILE, HYPERS_FILE = "checkpoint.pt", "config.json", "result.json", "hypers.pt"
@@ -83,6 +83,13 @@ class OuterConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}; None takes the inner run as it is")
+        if self.tolerance is not None and self.method != "auto":
+            method = METHODS[self.method]
+            if not method.implicit and "loss" not in method.needs:
+                raise ValueError(
+                    f"a tolerance asks for a solution, and {self.method!r} differentiates the run; leave it out, or take an "
+                    f"implicit method such as 'cg'"
+                )
         if not 0 < self.tolerance_decay < 1:
             raise ValueError(f"tolerance_decay must be in (0, 1), got {self.tolerance_decay}: errors must be summable")
 
@@ -141,9 +148,14 @@ def solve(
         on_step: is told each line of the history; what it raises ends the loop.
 
     Raises:
+        TypeError: ``problem`` is none.
         ValueError: ``directory`` holds another run (names the difference).
         Diverged: the hypergradient is not finite.
     """
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(
+            f"problem must be a BilevelProblem, got {problem!r}; a registered one is metaopt.registry.create('problem', name)"
+        )
     directory = None if directory is None else Path(directory)
     saved = None
     if directory is not None:

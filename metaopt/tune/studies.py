@@ -15,21 +15,26 @@ STUDY_FILE = "study.log"
 _SETTINGS = "metaopt"
 
 
-def open_storage(url: str) -> BaseStorage:
+def open_storage(url: str, *, existing: bool = False) -> BaseStorage:
     """The storage that ``url`` names.
 
     Args:
         url: ``journal:PATH`` (a file, for the processes of one machine), ``sqlite:///PATH``, ``postgresql://...`` or another
             URL of SQLAlchemy, or ``grpc://HOST:PORT`` of ``optuna.storages.run_grpc_proxy_server``.
+        existing: a journal or SQLite file is to be there already, and not made.
 
     Raises:
-        ValueError: text that is none of these, a driver that is not installed, or a database that cannot be opened.
+        ValueError: text that is none of these, a driver that is not installed, a database that cannot be opened, or no file
+            with ``existing``.
     """
     scheme, colon, rest = url.partition(":")
     if not colon or not rest:
         raise ValueError(
             f"storage must be journal:PATH, sqlite:///PATH, postgresql://USER@HOST/NAME or grpc://HOST:PORT, got {url!r}"
         )
+    path = rest if scheme == "journal" else rest.removeprefix("///") if scheme.startswith("sqlite") else None
+    if existing and path is not None and not Path(path).exists():
+        raise ValueError(f"storage {url!r} is no file; give the one that metaopt tune was given, or has made")
     if scheme == "journal":
         Path(rest).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(rest))

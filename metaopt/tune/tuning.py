@@ -416,12 +416,12 @@ def join(
         device: where to compute here; None: as `tune`.
 
     Raises:
-        ValueError: no such study, or one whose optimizer, task or space is another here.
+        ValueError: no such storage or study, or one whose optimizer, task or space is another here.
     """
     require_optuna()
     from metaopt.tune import studies
 
-    opened = studies.open_storage(storage)
+    opened = studies.open_storage(storage, existing=True)
     kept = studies.settings_of(opened, name)
     budget = trials or kept["trials"]
     problem = Problem(config_of(kept, budget))

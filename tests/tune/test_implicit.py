@@ -88,3 +88,10 @@ def test_integers_among_the_arguments_are_carried_along() -> None:
     torch.testing.assert_close(grad, torch.full((2,), 1.5))
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         implicit(lambda w: w, lambda: torch.zeros(1), iterations=0)
+
+
+def test_an_equation_that_is_not_symmetric_must_say_so() -> None:
+    matrix = torch.eye(4, dtype=torch.float64) + 0.4 * draws(4, 4, seed=4)
+    solve = implicit(lambda x, b: matrix @ x - b, lambda b: torch.linalg.solve(matrix, b))
+    with pytest.raises(ValueError, match="is not symmetric, as that of a gradient is; give implicit symmetric=False"):
+        solve(draws(4, seed=5).requires_grad_()).sum().backward()

@@ -93,7 +93,7 @@ def test_a_tolerance_needs_an_inner_loss() -> None:
             return dataclasses.replace(super().inner(step), loss=None)
 
     with pytest.raises(ValueError, match="a tolerance needs an inner problem with a loss"):
-        solve(Lossless(), dataclasses.replace(CONFIG, tolerance=0.1))
+        solve(Lossless(), dataclasses.replace(CONFIG, method="auto", tolerance=0.1))
 
 
 def test_keeps_what_is_best_on_the_third_split_and_tells_the_gap() -> None:
@@ -174,6 +174,10 @@ def test_a_run_that_diverges_says_so() -> None:
         ({"start": "hot"}, "start must be one of cold, warm, got 'hot'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
+        (
+            {"tolerance": 0.1, "method": "replay"},
+            "a tolerance asks for a solution, and 'replay' differentiates the run",
+        ),
         ({"tolerance_decay": 1.0}, r"tolerance_decay must be in \(0, 1\), got 1.0"),
     ],
 )
@@ -209,3 +213,8 @@ def test_a_search_prunes_what_diverges_and_refuses_what_it_cannot_compare(tmp_pa
         search(lambda trial: (Quadratic(), CONFIG), study, 1, tmp_path)
     with pytest.raises(ValueError, match="must minimise"):
         search(lambda trial: (Quadratic(), CONFIG), optuna.create_study(direction="maximize"), 1, tmp_path)
+
+
+def test_a_problem_is_asked_for_and_not_its_name() -> None:
+    with pytest.raises(TypeError, match=r"problem must be a BilevelProblem, got 'ridge'; a registered one is"):
+        solve("ridge", CONFIG)  # type: ignore[arg-type]

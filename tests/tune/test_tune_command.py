@@ -123,6 +123,12 @@ def test_names_and_urls_that_are_none_are_refused(tmp_path: Path) -> None:
         open_storage(f"sqlite:///{tmp_path}/nowhere/study.db")
     with pytest.raises(ValueError, match="units must divide the 40 steps of a run, got 7; try 10"):
         Problem(dataclasses.replace(CONFIG, units=7)).lockstep()
+    with pytest.raises(ValueError, match=r"log' is no file; give the one that metaopt tune was given"):
+        tuning.join(f"journal:{tmp_path / 'log'}", "mine")
+    assert not (tmp_path / "log").exists()
+    with pytest.raises(ValueError, match=r"log\.db' is no file"):
+        tuning.join(f"sqlite:///{tmp_path / 'log.db'}", "mine")
+    open_storage(f"journal:{tmp_path / 'log'}")
     with pytest.raises(ValueError, match="the storage holds no study 'mine'; it holds none"):
         tuning.join(f"journal:{tmp_path / 'log'}", "mine")
 
