@@ -17,7 +17,7 @@ from metaopt.objective import Objective
 from metaopt.program import evaluate
 from metaopt.resolve import resolve_rule
 from metaopt.rule import ElementwiseRule
-from metaopt_symbolic.distill import objectives, optimizers
+from metaopt_symbolic.distill import objectives, optimizers, report
 from metaopt_symbolic.distill.fit import (
     FLOOR,
     Fit,
@@ -32,7 +32,7 @@ from metaopt_symbolic.distill.fit import (
 )
 from metaopt_symbolic.distill.objectives import ObjectiveTarget, assembled, pieces, sample, slopes
 from metaopt_symbolic.distill.verify import Agreement, Check, Verdict, verify_objective, verify_optimizer
-from metaopt_symbolic.genome import Assign, Genome, parse
+from metaopt_symbolic.genome import Assign, Genome, from_json, parse
 from metaopt_symbolic.objective_file import objective_source
 from metaopt_symbolic.search import Budget
 from metaopt_symbolic.suites import tasks_of
@@ -239,14 +239,26 @@ def test_a_rule_is_verified_where_it_was_not_fitted_and_another_is_not() -> None
     assert not verify_optimizer(adam, other, fitted, others, tolerance=0.01, seed=0).verified
 
 
+def test_formulas_of_a_report_are_read_back() -> None:
+    """Also those of drifts, whose features a text does not tell from numbers."""
+    fits = [Fit(genome, 1 / (k + 1)) for k, genome in enumerate(small_formulas(objectives.DRIFT_FEATURES))][::200]
+    front = Front()
+    for fit in fits:
+        front.add(fit)
+    told = json.loads(report.facts({}, {"drift": front}, {"drift": front.best}, Verdict((), ())))["pieces"]["drift"]
+    assert [from_json(row["genome"]) for row in told["front"]] == [fit.genome for fit in front.fits]
+    assert from_json(told["chosen"]["genome"]) == front.best.genome
+    assert front.best.genome.tensors == objectives.DRIFT_FEATURES
+
+
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_opaque_loss_becomes_a_file_that_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["distill", f"{__file__}:Opaque", "--budget", "300", "--out", str(out)]) == 0
-    report = json.loads((out / "report.json").read_text())
-    assert report["verified"], report["verdict"]
+    told = json.loads((out / "report.json").read_text())
+    assert told["verified"], told["verdict"]
     assert (out / "closed_form.png").read_bytes().startswith(b"\x89PNG")
     closed = objective(f"{out / 'closed_form.py'}:ClosedForm")
     rho = torch.linspace(-20, 20, 9, dtype=torch.float64)

@@ -47,9 +47,9 @@ def facts(settings: Mapping[str, Any], fronts: Mapping[str, Front], chosen: Mapp
         **settings,
         "pieces": {
             name: {
-                "front": [{"statements": f.length, "error": f.error, "program": f.genome.text()} for f in front.fits],
+                "front": [_told(fit) for fit in front.fits],
                 "knee": {"statements": front.knee.length, "error": front.knee.error},
-                "chosen": {"error": chosen[name].error, "program": chosen[name].genome.text()},
+                "chosen": _told(chosen[name]),
             }
             for name, front in fronts.items()
         },
@@ -59,6 +59,14 @@ def facts(settings: Mapping[str, Any], fronts: Mapping[str, Front], chosen: Mapp
         "verdict": verdict.text,
     }
     return json.dumps(found, indent=1) + "\n"
+
+
+def _told(fit: Fit) -> dict[str, Any]:
+    """A fit for readers, and its genome for `metaopt_symbolic.genome.from_json`: a text does not say that a drift's features are
+    tensors."""
+    return {
+        "statements": fit.length, "error": fit.error, "program": fit.genome.text(), "genome": fit.genome.to_json()
+    }  # fmt: skip
 
 
 def objective_picture(target: Objective, closed: Objective) -> bytes:
