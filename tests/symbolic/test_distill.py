@@ -31,6 +31,7 @@ from metaopt_symbolic.distill.fit import (
     weighted,
 )
 from metaopt_symbolic.distill.objectives import ObjectiveTarget, assembled, pieces, sample, slopes
+from metaopt_symbolic.distill.pursuit import pursue
 from metaopt_symbolic.distill.verify import Agreement, Check, Verdict, verify_objective, verify_optimizer
 from metaopt_symbolic.genome import Assign, Genome, from_json, parse
 from metaopt_symbolic.objective_file import objective_source
@@ -107,6 +108,20 @@ def test_a_loss_behind_its_slopes_is_found() -> None:
     made = objective("ipo", beta=0.2)  # (rho - 2.5)^2
     front = search(target_of("ipo", beta=0.2), objectives.starts(made), Budget(unique=300), functions="losses")
     assert front.best.error < FLOOR
+
+
+def test_a_steep_part_beside_a_flat_one_is_a_term_of_its_own() -> None:
+    """The switch of LRML is twenty times narrower than the range; no formula of one small term comes near."""
+    target, front = target_of("lrml"), Front()
+    starts = [
+        g
+        for g in small_formulas(("rho",))
+        if {a.function for a in g.body} <= {"sigmoid", "arctan", "tanh", "add", "sub"}
+    ]
+    pursue(target, starts, front, tolerance=0.05, more=1)
+    alone = min(polished(target, weighted(genome, target.sizes)).error for genome in starts)
+    assert front.best.error < 0.05 < 0.25 < alone
+    assert error_of(target, front.best.genome.program()) == pytest.approx(front.best.error)
 
 
 def test_slopes_of_a_drift_are_those_of_what_is_above_the_surrogate() -> None:

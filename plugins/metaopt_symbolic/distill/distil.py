@@ -19,6 +19,7 @@ from metaopt.resolve import resolve_rule
 from metaopt.rule import ElementwiseRule, UpdateRule
 from metaopt_symbolic.distill import objectives, optimizers, report
 from metaopt_symbolic.distill.fit import Fit, Front, Target, rounded, search, shortened
+from metaopt_symbolic.distill.pursuit import pursue
 from metaopt_symbolic.distill.verify import FRESH, STEPS, Verdict, verify_objective, verify_optimizer
 from metaopt_symbolic.genome import Genome
 from metaopt_symbolic.objective_file import objective_source
@@ -169,6 +170,8 @@ def _fitted(
                 console.print(report.line(name, front, counts), highlight=False, soft_wrap=True)
 
         front = search(target, starts, budget, functions="losses", seed=seed, on_generation=told)
+        if starts[0].is_loss and front.best.error > tolerance:
+            pursue(target, starts, front, tolerance=tolerance)
         shortened(target, front)
         fronts[name], chosen[name] = front, rounded(target, front.knee, ROUNDING * tolerance)
         console.print(report.front_table(name, front, front.knee))

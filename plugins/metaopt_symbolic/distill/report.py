@@ -62,8 +62,7 @@ def facts(settings: Mapping[str, Any], fronts: Mapping[str, Front], chosen: Mapp
 
 
 def _told(fit: Fit) -> dict[str, Any]:
-    """A fit for readers, and its genome for `metaopt_symbolic.genome.from_json`: a text does not say that a drift's features are
-    tensors."""
+    """A fit for readers, and its genome for `metaopt_symbolic.genome.from_json`: a text does not say what is a tensor."""
     return {
         "statements": fit.length, "error": fit.error, "program": fit.genome.text(), "genome": fit.genome.to_json()
     }  # fmt: skip
