@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from metaopt.objective import Objective
 from metaopt.program import evaluate
 from metaopt.resolve import resolve_rule
 from metaopt.rule import ElementwiseRule
-from metaopt_symbolic.distill import objectives, optimizers, report
+from metaopt_symbolic.distill import distil, objectives, optimizers, report
 from metaopt_symbolic.distill.fit import (
     FLOOR,
     Fit,
@@ -35,7 +36,7 @@ from metaopt_symbolic.distill.pursuit import pursue
 from metaopt_symbolic.distill.verify import Agreement, Check, Verdict, verify_objective, verify_optimizer
 from metaopt_symbolic.genome import Assign, Genome, from_json, parse
 from metaopt_symbolic.objective_file import objective_source
-from metaopt_symbolic.search import Budget
+from metaopt_symbolic.search import Budget, Counts
 from metaopt_symbolic.suites import tasks_of
 
 
@@ -108,6 +109,49 @@ def test_a_loss_behind_its_slopes_is_found() -> None:
     made = objective("ipo", beta=0.2)  # (rho - 2.5)^2
     front = search(target_of("ipo", beta=0.2), objectives.starts(made), Budget(unique=300), functions="losses")
     assert front.best.error < FLOOR
+
+
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    generations: list[int] = []
+
+    def found(file: Path | None, stop: int = -1, seed: int = 0) -> list[Fit]:
+        def on_generation(_: Front, counts: Counts) -> None:
+            generations.append(counts.generations)
+            if counts.generations == stop:
+                signal.raise_signal(signal.SIGINT)
+
+        starts = [*small_formulas(("rho",))][::20]
+        budget = Budget(children=600)
+        return search(
+            target_of("lrml"), starts, budget, functions="losses", seed=seed, file=file, on_generation=on_generation
+        ).fits
+
+    whole = found(None)
+    for stop in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            found(tmp_path / "piece.npz", stop)
+    assert found(tmp_path / "piece.npz") == whole and len(whole) > 2
+    assert generations == 2 * [1, 2, 3, 4, 5, 6], "none twice"
+    with pytest.raises(ValueError, match="of another target, seed or tasks"):
+        found(tmp_path / "piece.npz", seed=1)
+
+
+def test_a_distillation_that_was_killed_goes_on_and_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stops(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ["distill", f"{__file__}:Opaque", "--budget", "220", "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(distil, "shortened", stops)  # after the search
+        assert main([*command, str(tmp_path / "again")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "again").iterdir()] == ["piece-0.npz"]
+    assert main([*command, str(tmp_path / "again")]) == 0
+    whole, again = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "again"))
+    assert whole == again and "piece-0.npz" not in again
 
 
 def test_a_steep_part_beside_a_flat_one_is_a_term_of_its_own() -> None:

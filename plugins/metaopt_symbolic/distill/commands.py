@@ -39,12 +39,13 @@ def distill(
     """Find a closed form of a learned objective or optimizer, and verify it where the fit has not looked.
 
     Discovered policy optimisation is what its authors read off the network of LPO so. Exits with 0 whatever the verdict is.
+    Where it was stopped (Ctrl-C, twice at once), the same command goes on.
 
     Example: [bold]metaopt distill discovered_policy --out runs/drift[/bold]
     """
     from rich.console import Console
 
-    from metaopt_symbolic.distill.distil import distil, resolve
+    from metaopt_symbolic.distill.distil import checkpoints, distil, resolve
     from metaopt_symbolic.search import Budget
 
     console = Console(stderr=True)
@@ -53,7 +54,16 @@ def distill(
     # children of known structures cost little, but a search may stand still
     most = given.children and MOST_KNOWN * given.children
     spent = Budget(seconds=given.seconds, children=most, unique=given.children)
-    result = distil(found, target, spent, tolerance=tolerance, tasks=tasks, seed=seed, console=console)
+    try:
+        result = distil(
+            found, target, spent, tolerance=tolerance, tasks=tasks, seed=seed, directory=out, console=console
+        )
+    except KeyboardInterrupt:
+        if checkpoints(out):
+            console.print(f"stopped; what was searched is saved in {out}, and the same command goes on", soft_wrap=True)
+        raise
     written = result.save(out)
+    for file in checkpoints(out):
+        file.unlink()
     console.print(result.verdict.text, highlight=False, soft_wrap=True)
     console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)

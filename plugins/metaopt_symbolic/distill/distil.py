@@ -95,9 +95,10 @@ def distil(
     tolerance: float,
     tasks: str,
     seed: int,
+    directory: Path,
     console: Console,
 ) -> Distilled:
-    """Fit, choose, write and verify.
+    """Fit, choose, write and verify; one that was stopped goes on.
 
     Args:
         target: an objective, or an optimizer.
@@ -106,22 +107,29 @@ def distil(
         tolerance: mean error that counts as none.
         tasks: on which an optimizer is watched, see `metaopt_symbolic.suites.search_tasks`.
         seed: of everything random.
+        directory: where checkpoints are until the end, see `checkpoints`.
         console: where progress is told.
 
     Raises:
-        ValueError: a target that has no closed form of the kind that is searched for.
+        ValueError: a target that has no closed form of the kind that is searched for, or a checkpoint of another one.
+        KeyboardInterrupt: Ctrl-C.
     """
     if isinstance(target, Objective):
-        return _objective(target, name, budget, tolerance, seed, console)
-    return _optimizer(target, name, budget, tolerance, tasks, seed, console)
+        return _objective(target, name, budget, tolerance, seed, directory, console)
+    return _optimizer(target, name, budget, tolerance, tasks, seed, directory, console)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Files that a distillation which was stopped has left."""
+    return sorted(directory.glob("piece-*.npz"))
 
 
 def _objective(
-    target: Objective, name: str, budget: Budget, tolerance: float, seed: int, console: Console
+    target: Objective, name: str, budget: Budget, tolerance: float, seed: int, directory: Path, console: Console
 ) -> Distilled:
     starts = objectives.starts(target)
     targets = {piece.name: objectives.ObjectiveTarget(target, piece, seed=seed) for piece in objectives.pieces(target)}
-    fronts, chosen = _fitted(targets, starts, budget, tolerance, seed, console)
+    fronts, chosen = _fitted(targets, starts, budget, tolerance, seed, directory, console)
     genome = objectives.assembled(target, [fit.genome for fit in chosen.values()])
     source = objective_source(genome, target.kind, NAME, f"What {name} does, found by metaopt distill.")
     closed = _imported("objective", source)
@@ -133,13 +141,20 @@ def _objective(
 
 
 def _optimizer(
-    target: UpdateRule, name: str, budget: Budget, tolerance: float, tasks: str, seed: int, console: Console
+    target: UpdateRule,
+    name: str,
+    budget: Budget,
+    tolerance: float,
+    tasks: str,
+    seed: int,
+    directory: Path,
+    console: Console,
 ) -> Distilled:
     every = search_tasks(tasks)
     fitted, others = ({key: every[key] for key in keys} for keys in ([*every][:FITTED], [*every][FITTED:]))
     recorded = optimizers.record(target, fitted, steps=STEPS, seed=seed)
     targets = {"updates": optimizers.OptimizerTarget(recorded)}
-    fronts, chosen = _fitted(targets, optimizers.starts(), budget, tolerance, seed, console)
+    fronts, chosen = _fitted(targets, optimizers.starts(), budget, tolerance, seed, directory, console)
     genome = optimizers.with_rate(chosen["updates"].genome)
     source = rule_source(genome, NAME, f"What {name} does, found by metaopt distill.")
     closed = _imported("optimizer", source)
@@ -159,17 +174,19 @@ def _fitted(
     budget: Budget,
     tolerance: float,
     seed: int,
+    directory: Path,
     console: Console,
 ) -> tuple[dict[str, Front], dict[str, Fit]]:
     """The front of each piece, and the rounded knee of each."""
     fronts, chosen = {}, {}
-    for name, target in targets.items():
+    for number, (name, target) in enumerate(targets.items()):
 
         def told(front: Front, counts: Counts, name: str = name) -> None:
             if counts.generations % 20 == 0:
                 console.print(report.line(name, front, counts), highlight=False, soft_wrap=True)
 
-        front = search(target, starts, budget, functions="losses", seed=seed, on_generation=told)
+        file = directory / f"piece-{number}.npz"
+        front = search(target, starts, budget, functions="losses", seed=seed, file=file, on_generation=told)
         if starts[0].is_loss and front.best.error > tolerance:
             pursue(target, starts, front, tolerance=tolerance)
         shortened(target, front)

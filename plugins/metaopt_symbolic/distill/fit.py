@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,9 @@ from scipy.optimize import least_squares
 from metaopt.program.program import Arg, Program
 from metaopt_symbolic.analysis import analyse, live_part
 from metaopt_symbolic.cascade import Score
+from metaopt_symbolic.distill.checkpoint import Checkpoint, load, search_key
 from metaopt_symbolic.genome import LOSS, Assign, Genome
+from metaopt_symbolic.interruptions import interruptions
 from metaopt_symbolic.search import Budget, Counts
 from metaopt_symbolic.searchers import Evolution
 from metaopt_symbolic.simplify import ablations, simplify
@@ -44,6 +47,9 @@ QUICK, THOROUGH = 8, 100
 BATCH, POPULATION, TOURNAMENT, PATIENCE = 100, 400, 4, 4000
 WELCOME = 100
 """Of the search: children of a generation, members, and so on as of `Evolution`; the best starts that are members at first."""
+
+SAVE_EVERY = 30.0
+"""Seconds between two checkpoints."""
 
 PARSIMONY = 0.03
 """Decades of error that a statement must gain."""
@@ -291,6 +297,7 @@ def search(
     *,
     functions: str,
     seed: int = 0,
+    file: Path | None = None,
     on_generation: Callable[[Front, Counts], None] = lambda front, counts: None,
 ) -> Front:
     """Search for programs that match ``target``; returns the front, with numbers fitted and weights in the programs.
@@ -301,46 +308,73 @@ def search(
         budget: when to stop; a program that is exact ends the search too.
         functions: what new statements call, a key of `metaopt_symbolic.language.INSERTED`.
         seed: of everything random.
+        file: what a search that was stopped goes on from, is written there every `SAVE_EVERY` seconds and at the end.
         on_generation: called after each.
 
     Raises:
-        ValueError: no start gives finite outputs.
+        ValueError: no start gives finite outputs, or the file is of another search.
+        KeyboardInterrupt: Ctrl-C, after the generation at hand, which is saved.
     """
-    front, counts, began = Front(), Counts(), time.monotonic()
+    front, key = Front(), search_key(target.wanted, functions, seed)
+    saved = None if file is None else load(file, key)
+    rng, began = np.random.default_rng(seed), time.monotonic()
+    before = 0.0 if saved is None else saved.counts.seconds
 
     def fitted(genome: Genome) -> Fit:
         fit = polished(target, weighted(genome, target.sizes) if genome.is_loss else genome, QUICK)
         front.add(fit)
         return fit
 
-    fits = [(fitted(genome).error, genome) for genome in starts]
-    counts.unique = len(fits)
-    error, start = min(fits, key=lambda pair: pair[0])
-    if not math.isfinite(error):
-        raise ValueError("no program to start from is finite at the points of the target")
     searcher = Evolution(
         population=POPULATION, tournament=TOURNAMENT, patience=PATIENCE, parsimony=PARSIMONY, functions=functions,
         mutation=MUTATION,
     )  # fmt: skip
-    searcher.begin(start, _fitness(error))
-    for other_error, other in sorted(fits, key=lambda pair: -pair[0])[-WELCOME:]:
-        searcher.welcome(other, _fitness(other_error))
-    rng = np.random.default_rng(seed)
     known: dict[int, float] = {}
-    while not budget.is_spent(counts) and front.best.error > FLOOR:
-        children, _ = searcher.ask(BATCH, rng)
-        # numbers are fitted: only structures differ
-        analysis = analyse(dataclasses.replace(children, constants=np.ones_like(children.constants)))
-        hashes = analysis.hashes.tolist()
-        for k, structure in enumerate(hashes):
-            if structure not in known:
-                known[structure] = fitted(live_part(children[k], analysis, k)).error
-                counts.unique += 1
-        searcher.tell(children, _fitness(np.array([known[h] for h in hashes])))
-        counts.generations += 1
-        counts.children += len(hashes)
-        counts.seconds = time.monotonic() - began
-        on_generation(front, counts)
+    if saved is None:
+        fits = [(fitted(genome).error, genome) for genome in starts]
+        counts = Counts(unique=len(fits))
+        error, start = min(fits, key=lambda pair: pair[0])
+        if not math.isfinite(error):
+            raise ValueError("no program to start from is finite at the points of the target")
+        searcher.begin(start, _fitness(error))
+        for other_error, other in sorted(fits, key=lambda pair: -pair[0])[-WELCOME:]:
+            searcher.welcome(other, _fitness(other_error))
+    else:
+        start, error, counts = saved.start, saved.error, saved.counts
+        for genome, of in saved.front:
+            front.add(Fit(genome, of))
+        known |= saved.known
+        rng.bit_generator.state = saved.rng
+        searcher.begin(start, _fitness(error))
+        searcher.restore(saved.searcher)
+
+    def save() -> None:
+        if file is not None:
+            kept = tuple((fit.genome, fit.error) for fit in front.fits)
+            Checkpoint(start, error, kept, known, counts, rng.bit_generator.state, searcher.state()).save(file, key)
+
+    told = time.monotonic()
+    with interruptions() as interrupted:
+        while not budget.is_spent(counts) and front.best.error > FLOOR and not interrupted:
+            children, _ = searcher.ask(BATCH, rng)
+            # numbers are fitted: only structures differ
+            analysis = analyse(dataclasses.replace(children, constants=np.ones_like(children.constants)))
+            hashes = analysis.hashes.tolist()
+            for k, structure in enumerate(hashes):
+                if structure not in known:
+                    known[structure] = fitted(live_part(children[k], analysis, k)).error
+                    counts.unique += 1
+            searcher.tell(children, _fitness(np.array([known[h] for h in hashes])))
+            counts.generations += 1
+            counts.children += len(hashes)
+            counts.seconds = before + time.monotonic() - began
+            on_generation(front, counts)
+            if time.monotonic() - told > SAVE_EVERY:
+                save()
+                told = time.monotonic()
+    save()
+    if interrupted:
+        raise KeyboardInterrupt
     return front
 
 

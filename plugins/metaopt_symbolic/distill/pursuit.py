@@ -78,7 +78,7 @@ def _sizes(target: Target) -> list[Mapping[str, float]]:
 
 def _moved(genome: Genome) -> Genome:
     """A small formula whose functions may be anywhere: f(w x + b) in the place of f(w x)."""
-    body = []
+    body: list[Assign] = []
     for a in genome.body:
         if a.function not in ("add", "sub", "mul") and a.args[0] in genome.tensors:
             body.append(Assign(f"moved_{len(body)}", "add", (a.args[0], 0.0)))
