@@ -138,7 +138,8 @@ def solve(
 ) -> OuterResult:
     """Run the outer loop, or go on with what ``directory`` holds.
 
-    A loop that was killed goes on from its last checkpoint and ends with the same bits as an unbroken one.
+    A loop that was killed goes on from its last checkpoint and ends with the same bits as an unbroken one. One that has ended
+    goes on if ``config.steps`` are more now, unless its rule needs to know the last step beforehand.
 
     Args:
         problem: a dataclass whose ``repr`` tells its settings, by which a resumed run knows it.
@@ -162,6 +163,8 @@ def solve(
         settings = json.loads(json.dumps({"problem": repr(problem), **dataclasses.asdict(config)}))
         _require_same(directory / CONFIG_FILE, settings)
         saved = load_checkpoint(directory / CHECKPOINT_FILE)
+        if saved is not None and "gradient_norm" not in saved["history"][-1] and len(saved["history"]) <= config.steps:
+            saved["history"].pop()  # what was the end, and only judged, is a step like others now
     loop = _Loop(problem, config, saved)
     while not loop.is_finished:
         line = loop.advance()
@@ -330,8 +333,11 @@ def _as_json(result: OuterResult, config: OuterConfig) -> dict[str, Any]:
 def _require_same(path: Path, settings: dict[str, Any]) -> None:
     """Raise ``ValueError`` where another run is there already."""
     there = json.loads(path.read_text()) if path.exists() else settings
+    rule = resolve_rule(settings["rule"], **settings["rule_options"])
+    # more steps may follow, unless the rule looked ahead to the last one
+    extended = {"steps"} if there["steps"] < settings["steps"] and "horizon" not in rule.requirements() else set()
     for name, value in settings.items():
-        if name != "checkpoint_every" and there.get(name) != value:
+        if name not in {"checkpoint_every"} | extended and there.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a run with {name}={there.get(name)!r}, not {value!r}; "
                 f"give the same settings to resume it, or choose another directory"

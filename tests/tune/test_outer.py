@@ -136,6 +136,17 @@ def test_a_loop_that_was_killed_ends_with_the_same_bits(tmp_path: Path, start: s
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
+def test_a_loop_that_has_ended_takes_further_steps(tmp_path: Path) -> None:
+    problem, config = Quadratic(shift=0.5), dataclasses.replace(CONFIG, steps=25, rule="adam")
+    solve(problem, config, tmp_path / "at_once")
+    for steps in (10, 24, 25):
+        solve(problem, dataclasses.replace(config, steps=steps), tmp_path / "extended")
+    for name in (HYPERS_FILE, RESULT_FILE):
+        assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+    with pytest.raises(ValueError, match="holds a run with steps=25, not 20"):
+        solve(problem, dataclasses.replace(config, steps=20), tmp_path / "extended")
+
+
 def test_the_kind_of_start_is_recorded_and_matters(tmp_path: Path) -> None:
     found = {}
     for start in ("cold", "warm"):

@@ -34,7 +34,8 @@ def bilevel(
         list[str] | None, typer.Option("--set-method", metavar="NAME=VALUE", help="An option of the method.")
     ] = None,
 ) -> None:
-    """Learn the hyperparameters of a training run by gradient; running the same command again goes on.
+    """Learn the hyperparameters of a training run by gradient; running the same command again goes on, with more
+    --outer-steps beyond the end.
 
     --set gives the problem's own arguments.
 
