@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from metaopt import registry, tree
 from metaopt.files import write_atomic
+from metaopt.interruptions import interruptions
 from metaopt.learned import LearnedRule, Theta, digest
 from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
 from metaopt.meta.config import MetaTrainConfig
@@ -131,7 +130,7 @@ def _train(run: _Run, directory: Path, log: RunLog | None, on_evaluation: Callab
     done = run.step
     if done:
         say(f"{directory} holds the finished run" if run.is_finished else f"resuming {directory} at outer step {done}")
-    with _interrupt_after_step() as is_interrupted:
+    with interruptions() as interrupted:
         while not run.is_finished:
             line = run.advance()
             if log is not None:
@@ -139,7 +138,7 @@ def _train(run: _Run, directory: Path, log: RunLog | None, on_evaluation: Callab
                     write_atomic(directory / CONFIG_FILE, _as_json(run.config))
                 log.update(line)
             # all processes stop at the same step
-            stops = float(run.shard.sum(torch.tensor(float(is_interrupted())))) > 0
+            stops = float(run.shard.sum(torch.tensor(float(bool(interrupted))))) > 0
             if stops or run.is_finished or run.step % run.config.checkpoint_every == 0:
                 run.require_same_theta()
                 save_checkpoint(directory / CHECKPOINT_FILE, run.content(), run.shard)
@@ -395,27 +394,6 @@ def _by_family(values: Mapping[str, float], families: Mapping[str, str]) -> dict
     """The mean over each family, of values and families by label."""
     names = sorted({families[label] for label in values})
     return {name: _mean(value for label, value in values.items() if families[label] == name) for name in names}
-
-
-@contextmanager
-def _interrupt_after_step() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the outer step, when everything belongs together; a second one does not wait."""
-    asked = False
-
-    def ask(*_: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _as_json(config: MetaTrainConfig) -> str:

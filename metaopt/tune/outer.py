@@ -26,6 +26,7 @@ from torch.nn.utils import get_total_norm
 
 from metaopt import tree
 from metaopt.files import write_atomic
+from metaopt.interruptions import interruptions
 from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
 from metaopt.resolve import resolve_rule
 from metaopt.rule import Context, Params, UpdateRule, infer_info
@@ -152,6 +153,7 @@ def solve(
         TypeError: ``problem`` is none.
         ValueError: ``directory`` holds another run (names the difference).
         Diverged: the hypergradient is not finite.
+        KeyboardInterrupt: Ctrl-C, after the step at hand was saved; a second one does not wait.
     """
     if not isinstance(problem, BilevelProblem):
         raise TypeError(
@@ -166,13 +168,17 @@ def solve(
         if saved is not None and "gradient_norm" not in saved["history"][-1] and len(saved["history"]) <= config.steps:
             saved["history"].pop()  # what was the end, and only judged, is a step like others now
     loop = _Loop(problem, config, saved)
-    while not loop.is_finished:
-        line = loop.advance()
-        if directory is not None and (loop.is_finished or len(loop.history) % config.checkpoint_every == 0):
-            write_atomic(directory / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-            save_checkpoint(directory / CHECKPOINT_FILE, loop.content())
-        if on_step is not None:
-            on_step(line)
+    with interruptions() as interrupted:
+        while not loop.is_finished:
+            line = loop.advance()
+            if on_step is not None:
+                on_step(line)
+            saves = loop.is_finished or bool(interrupted) or len(loop.history) % config.checkpoint_every == 0
+            if directory is not None and saves:
+                write_atomic(directory / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+                save_checkpoint(directory / CHECKPOINT_FILE, loop.content())
+            if interrupted and not loop.is_finished:
+                raise KeyboardInterrupt
     result = loop.result()
     if directory is not None:
         save_checkpoint(directory / HYPERS_FILE, result.hypers)

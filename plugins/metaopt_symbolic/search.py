@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from metaopt import registry
 from metaopt.files import write_atomic
+from metaopt.interruptions import interruptions
 from metaopt.program.program import Program
 from metaopt.search import Archive, Elite
 from metaopt_symbolic.analysis import Analysis, analyse, live_part, without_redundant
 from metaopt_symbolic.cascade import Score
 from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, parse
-from metaopt_symbolic.interruptions import interruptions
 from metaopt_symbolic.population import Genomes
 from metaopt_symbolic.searchers import Searcher
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,23 @@ def test_a_loop_that_was_killed_ends_with_the_same_bits(tmp_path: Path, start: s
     solve(problem, config, tmp_path / "killed")
     for name in (HYPERS_FILE, RESULT_FILE):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def interrupt_at(step: int, line: Line) -> None:
+    if line["step"] == step:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_a_loop_after_a_step_that_is_saved(tmp_path: Path) -> None:
+    problem, config = Quadratic(shift=0.5), dataclasses.replace(CONFIG, steps=12, rule="adam")
+    solve(problem, config, tmp_path / "unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        solve(problem, config, tmp_path / "stopped", on_step=functools.partial(interrupt_at, 3))
+    lines: list[Line] = []
+    solve(problem, config, tmp_path / "stopped", on_step=lines.append)
+    assert lines[0]["step"] == 4
+    for name in (HYPERS_FILE, RESULT_FILE):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 def test_a_loop_that_has_ended_takes_further_steps(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from metaopt.interruptions import interruptions
 from metaopt.program.program import Arg, Program
 from metaopt_symbolic.analysis import analyse, live_part
 from metaopt_symbolic.cascade import Score
 from metaopt_symbolic.distill.checkpoint import Checkpoint, load, search_key
 from metaopt_symbolic.genome import LOSS, Assign, Genome
-from metaopt_symbolic.interruptions import interruptions
 from metaopt_symbolic.search import Budget, Counts
 from metaopt_symbolic.searchers import Evolution
 from metaopt_symbolic.simplify import ablations, simplify

@@ -22,8 +22,8 @@ from typing import Any, Generic, Protocol
 import numpy as np
 
 from metaopt.files import write_atomic
+from metaopt.interruptions import interruptions
 from metaopt.search import Archive, Mixture, Proposal, Proposer, ProposerError, Request
-from metaopt_symbolic.interruptions import interruptions
 from metaopt_symbolic.proposals.candidate import SAME, Candidate, CandidateValidator, S, state_file
 from metaopt_symbolic.proposals.islands import Islands, Member
 

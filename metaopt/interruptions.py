@@ -1,4 +1,4 @@
-"""Ctrl-C while a search runs: once to stop where all of it is saved, twice to stop at once."""
+"""Ctrl-C during long work: once to stop where all of it can be saved, twice to stop at once."""
 
 from __future__ import annotations
 
