@@ -188,6 +188,9 @@ def _fitted(
         file = directory / f"piece-{number}.npz"
         front = search(target, starts, budget, functions="losses", seed=seed, file=file, on_generation=told)
         if starts[0].is_loss and front.best.error > tolerance:
+            console.print(
+                f"{name}: error {front.best.error:.2e} by evolution, now sums of small formulas", highlight=False
+            )
             pursue(target, starts, front, tolerance=tolerance)
         shortened(target, front)
         fronts[name], chosen[name] = front, rounded(target, front.knee, ROUNDING * tolerance)
