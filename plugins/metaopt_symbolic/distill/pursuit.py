@@ -22,7 +22,7 @@ SCALES = (1.0, 5.0, 20.0)
 FIRSTS, SECONDS = 7, 6
 """How many sums get a further term, and how many terms each of them tries."""
 
-TERMS = 250
+TERMS = 100
 """Small formulas that serve as terms: those that match best alone."""
 
 STEPS = 30
