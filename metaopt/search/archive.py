@@ -71,10 +71,18 @@ class Archive:
         elif storage is None and not (directory / STUDY_FILE).is_file():
             raise ValueError(f"{directory} holds no search; make one with metaopt discover rule --out {directory}")
         try:
-            self._study = optuna.create_study(
-                storage=storage or JournalStorage(JournalFileBackend(str(directory / STUDY_FILE))),
-                study_name=name, direction="minimize", load_if_exists=True,
-            )  # fmt: skip
+            opened = storage or JournalStorage(JournalFileBackend(str(directory / STUDY_FILE)))
+            if settings is None:  # who only looks makes no study of another kind beside the one that is there
+                self._study = optuna.load_study(study_name=name, storage=opened)
+            else:
+                self._study = optuna.create_study(
+                    storage=opened, study_name=name, direction="minimize", load_if_exists=True
+                )
+        except KeyError:
+            command = name.replace("-", " ")
+            raise ValueError(
+                f"{storage or directory} holds no search of metaopt {command}; give the directory of one"
+            ) from None
         except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

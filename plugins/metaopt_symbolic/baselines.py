@@ -142,7 +142,10 @@ def tuned_for(
         ValueError: what is kept there is of another start, or of other tasks.
     """
     if not (directory / TUNED_FILE).is_file():
-        with console.status("tuning AdamW, Lion and the start for these tasks, some minutes"):
+        doing = "tuning AdamW, Lion and the start for these tasks, some minutes"
+        if not console.is_terminal:  # where a status shows nothing
+            console.print(doing, soft_wrap=True)
+        with console.status(doing):
             references = {name: found.score.fitness for name, found in baselines(tasks, stages[-1]).items()}
             return Tuned(asked, judge, tuned_start(asked, tasks, stages), references)
     kept = Tuned(**json.loads((directory / TUNED_FILE).read_text()))

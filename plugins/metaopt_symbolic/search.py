@@ -82,7 +82,7 @@ class Budget:
                 return cls(children=int(text))
         except ValueError:
             pass
-        raise ValueError(f"a budget is a time above 0 such as 90s, 20m or 2h, or a number of children, got {text!r}")
+        raise ValueError(f"a budget is a time above 0 such as 90s, 20m or 2h, or a number above 0, got {text!r}")
 
     def is_spent(self, counts: Counts) -> bool:
         """Whether to stop."""

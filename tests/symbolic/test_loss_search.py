@@ -343,6 +343,11 @@ def test_a_search_on_the_command_line_and_what_it_shows(
     assert (out / "search.png").is_file() and "return" in (out / "champion.py").read_text()
     assert main(["show", "nobody", "--from", str(out)]) != 0
     assert "no candidate 'nobody'" in (told := capsys.readouterr().err) and "the best are " in told
+    archived = (out / "study.log").read_bytes()
+    for command in (["simplify", str(out)], ["discover", "funnel", str(out)]):
+        assert main(command) == 2
+        assert "holds no search of metaopt discover rule" in " ".join(capsys.readouterr().err.split())
+    assert (out / "study.log").read_bytes() == archived
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,11 @@ def list_kind(
     Example: [bold]metaopt list optimizers[/bold]
     """
     kind = _kind(kind)
-    last = {"task": ("suite", "parameters", "license"), "zoo_rule": ("license",)}.get(kind, ("paper",))
+    last = {
+        "task": ("suite", "parameters", "license"),
+        "zoo_rule": ("license",),
+        "proposer": ("tags", "paper"),  # what each proposes
+    }.get(kind, ("paper",))
     print_specs(kind, ("name", "summary", *last, "plugin"), as_json)
 
 
@@ -61,6 +65,7 @@ def print_specs(kind: str, columns: tuple[str, ...], as_json: bool) -> None:
     else:
         for row in rows:
             row["paper"] = row["paper"].split(", http")[0]
+            row["tags"] = ", ".join(row["tags"])
         _print_table(columns, rows)
     _warn(found)
 

@@ -61,8 +61,15 @@ def _calls(ledger: Ledger) -> dict[str, str]:
 def line(loop: Loop[S]) -> str:
     """The same in a line, for files and pipes."""
     c = loop.counts
+    lost = {
+        "invalid": c.invalid,
+        "the same as another": c.known,
+        "without a candidate": c.unreadable,
+        "unanswered": c.failed,
+    }
     return (
-        f"{c.proposed:,} proposed, {c.invalid:,} invalid, {c.evaluated:,} trained with, best {loop.best.score.loss:.4f} "
+        f"{c.proposed:,} proposed, {''.join(f'{count:,} {why}, ' for why, count in lost.items() if count)}"
+        f"{c.evaluated:,} trained with, best {loop.best.score.loss:.4f} "
         f"({loop.best.name}), {c.tokens:,} tokens, {c.seconds:.0f} s"
     )
 
