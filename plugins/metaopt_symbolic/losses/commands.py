@@ -70,6 +70,8 @@ def loss(
         f"best on other noise levels, {selected.losses[winner.number]:.4f}: {winner.name}\n{winner.source}",
         highlight=False,
     )
+    if winner.proposal is None:
+        console.print("that is a loss which the search began with: nothing found was better there", soft_wrap=True)
     console.print("written: " + ", ".join(str(path) for path in written))
     console.print(f"next: metaopt show {winner.name} --from {out}", soft_wrap=True)
     end(ended, console)
