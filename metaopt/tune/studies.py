@@ -32,7 +32,7 @@ def open_storage(url: str, *, existing: bool = False) -> BaseStorage:
         raise ValueError(
             f"storage must be journal:PATH, sqlite:///PATH, postgresql://USER@HOST/NAME or grpc://HOST:PORT, got {url!r}"
         )
-    path = rest if scheme == "journal" else rest.removeprefix("///") if scheme.startswith("sqlite") else None
+    path = rest if scheme == "journal" else _sqlite_file(url) if existing and scheme.startswith("sqlite") else None
     if existing and path is not None and not Path(path).exists():
         raise ValueError(f"storage {url!r} is no file; give the one that metaopt tune was given, or has made")
     if scheme == "journal":
@@ -49,6 +49,12 @@ def open_storage(url: str, *, existing: bool = False) -> BaseStorage:
         raise ValueError(f"storage {url!r} needs a package that is not installed: {error}") from error
     except OperationalError as error:
         raise ValueError(f"storage {url!r} cannot be opened: {str(error.orig).splitlines()[0]}") from error
+
+
+def _sqlite_file(url: str) -> str | None:
+    from sqlalchemy import make_url
+
+    return make_url(url).database
 
 
 def _grpc_proxy(url: str) -> BaseStorage:
