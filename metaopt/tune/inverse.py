@@ -136,7 +136,7 @@ class Nystrom(_Implicit):
 
     rank: int = option(20, low=1, doc="columns")
     rho: float = hyper(1e-2, 0.0, open_low=True, scale="log", doc="added to all eigenvalues")
-    seed: int = option(0, low=0, doc="of the choice of columns")
+    seed: int = option(0, low=0, doc="of the choice of columns; an outer loop adds its step")
 
     def solve(self, hessian: Product, right: Params) -> tuple[Params, Tensor]:
         """By the inverse of a diagonal and a low rank, in the basis of the latter."""

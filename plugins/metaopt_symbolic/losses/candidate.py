@@ -9,10 +9,9 @@ import torch
 from metaopt.objective import faults
 from metaopt.program import ProgramObjective, read_loss
 from metaopt_symbolic.analysis import without_redundant
-from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, GenomeError, from_loss, parse
 from metaopt_symbolic.losses.judge import Score
-from metaopt_symbolic.proposals.candidate import Behaviour, CandidateValidator
+from metaopt_symbolic.proposals.candidate import Behaviour, CandidateValidator, behaviour_of
 
 INPUTS, BETA = ("rho",), 0.05
 """What candidates are of, and their one number beside it."""
@@ -62,13 +61,11 @@ class LossValidator(CandidateValidator[Score]):
         found = faults(objective(genome), (torch.float32,))
         if found:
             raise ValueError(found[0])
-        shown = fingerprint([genome.program()])
-        if not shown.finite[0]:
-            raise ValueError("the loss or its derivative is no finite number for some rho between -30 and 30")
-        if not shown.uses_gradient[0]:
-            raise ValueError("the derivative by rho is 0 everywhere, so nothing would be learnt")
-        first, second = shown.hashes[0].tolist()
-        return first, second
+        return behaviour_of(
+            genome.program(),
+            not_finite="the loss or its derivative is no finite number for some rho between -30 and 30",
+            inert="the derivative by rho is 0 everywhere, so nothing would be learnt",
+        )
 
     def python(self, genome: Genome) -> str:
         """See `python`."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+from metaopt.program.program import Program
 from metaopt.search import Elite, Proposal
+from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, parse
 
 Behaviour = tuple[int, int]
@@ -19,6 +21,26 @@ Behaviour = tuple[int, int]
 
 SAME = "it computes the same as"
 """How the error of a valid candidate begins that is not new."""
+
+
+def behaviour_of(program: Program, *, not_finite: str, inert: str) -> Behaviour:
+    """What a program does on the probes of `fingerprint`.
+
+    Args:
+        program: of a rule or a loss.
+        not_finite: what its author is told where something is no finite number.
+        inert: and where nothing depends on the gradient, of a loss on its input.
+
+    Raises:
+        ValueError: one of these.
+    """
+    shown = fingerprint([program])
+    if not shown.finite[0]:
+        raise ValueError(not_finite)
+    if not shown.uses_gradient[0]:
+        raise ValueError(inert)
+    first, second = shown.hashes[0].tolist()
+    return first, second
 
 
 @dataclass(frozen=True)

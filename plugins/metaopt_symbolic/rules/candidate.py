@@ -7,10 +7,9 @@ from typing import ClassVar
 from metaopt.program.parse import parse_program
 from metaopt.program.source import function_source
 from metaopt_symbolic.analysis import without_redundant
-from metaopt_symbolic.fingerprint import fingerprint
 from metaopt_symbolic.genome import Genome, GenomeError, from_program, parse
 from metaopt_symbolic.population import MOST_VARIABLES
-from metaopt_symbolic.proposals.candidate import Behaviour, CandidateValidator
+from metaopt_symbolic.proposals.candidate import Behaviour, CandidateValidator, behaviour_of
 from metaopt_symbolic.rule_file import learning_rate
 from metaopt_symbolic.rules.judge import Score
 from metaopt_symbolic.search import STUDY
@@ -69,16 +68,12 @@ class RuleValidator(CandidateValidator[Score]):
         """
         rate = learning_rate(genome)
         at_one = genome if rate is None else genome.scaled(1 / rate)
-        shown = fingerprint([at_one.program()])
-        if not shown.finite[0]:
-            raise ValueError(
-                "the update is no finite number for some gradients of sizes from 1e-4 to 1; mind divisions by 0, and roots and "
-                "logarithms of what is not above 0"
-            )
-        if not shown.uses_gradient[0]:
-            raise ValueError("the update does not depend on the gradient, so nothing would be learnt")
-        first, second = shown.hashes[0].tolist()
-        return first, second
+        return behaviour_of(
+            at_one.program(),
+            not_finite="the update is no finite number for some gradients of sizes from 1e-4 to 1; mind divisions by 0, and "
+            "roots and logarithms of what is not above 0",
+            inert="the update does not depend on the gradient, so nothing would be learnt",
+        )
 
     def python(self, genome: Genome) -> str:
         """A rule as Python that `read` takes."""
