@@ -211,9 +211,8 @@ class Registry:
     def _by_name(self, kind: str) -> dict[str, list[_Offer]]:
         _require_kind(kind)
         found: dict[str, list[_Offer]] = {}
-        for offer in sorted(self._offers, key=lambda offer: offer.spec.name):
-            if offer.kind == kind:
-                found.setdefault(offer.spec.name, []).append(offer)
+        for offer in sorted((o for o in self._offers if o.kind == kind), key=lambda offer: offer.spec.name):
+            found.setdefault(offer.spec.name, []).append(offer)
         return found
 
     def _offer(self, kind: str, name: str) -> _Offer:

@@ -309,16 +309,22 @@ class TensorRule(UpdateRule):
     ) -> tuple[Params, State]:
         """Map `update_tensor` over the parameters."""
         new_params, new_state = {}, {}
+        shared = None if ctx.step is None else self._t(ctx.step)
         for name, param in params.items():
             dtype = compute_dtype(param.dtype)
-            slots = {slot: value for slot, value in state[name].items() if slot != "step"}
-            t = (ctx.updates_of(state[name]) + 1).to(torch.float64)
+            slots = {**state[name]}
+            step = slots.pop("step")
+            t = self._t(step) if shared is None else shared
             new_param, new_slots = self.update_tensor(
-                grads[name].to(dtype), slots, param.to(dtype), hp_of(hp, name), t, ctx.info[name]
+                cast(grads[name], dtype), slots, cast(param, dtype), hp_of(hp, name), t, ctx.info[name]
             )
-            new_params[name] = new_param.to(param.dtype)
-            new_state[name] = {"step": state[name]["step"] + 1, **new_slots}
+            new_params[name] = cast(new_param, param.dtype)
+            new_state[name] = {"step": step + 1, **new_slots}
         return new_params, new_state
+
+    def _t(self, done: Tensor) -> Tensor:
+        """The number, from 1, of the update after ``done``."""
+        return (done + 1).to(torch.float64)
 
     @abstractmethod
     def init_tensor(self, param: Tensor, info: ParamInfo) -> dict[str, Tensor]:
@@ -391,14 +397,13 @@ class ElementwiseRule(TensorRule):
         """
         if self.program.reach == "tree" and params:
             return self._update_tree(grads, state, params, hp, ctx)
-        dtypes = {param.dtype for param in params.values()}
-        apart = isinstance(hp, PerParameter) or len(dtypes) > 1 or len(params) < 2 or self.program.reach != "element"
-        if ctx.step is None or apart:
+        apart = len(params) < 2 or self.program.reach != "element" or isinstance(hp, PerParameter)
+        if ctx.step is None or apart or len({param.dtype for param in params.values()}) > 1:
             return super().update(grads, state, params, hp, ctx)
         flat = {"param": _concat(params), "grad": _concat({name: grads[name] for name in params})}
         slots = {slot: _concat({name: state[name][slot] for name in params}) for slot in self.slots}
         dtype = compute_dtype(flat["param"].dtype)
-        t = (ctx.step + 1).to(torch.float64)
+        t = self._t(ctx.step)
         info = ParamInfo((flat["param"].numel(),), "hidden", 1, 1)
         new_param, new_slots = self.update_tensor(flat["grad"].to(dtype), slots, flat["param"].to(dtype), hp, t, info)
         new_params = _split(new_param.to(flat["param"].dtype), params)
@@ -407,6 +412,10 @@ class ElementwiseRule(TensorRule):
             name: {"step": state[name]["step"] + 1, **{slot: split_slots[slot][name] for slot in self.slots}}
             for name in params
         }
+
+    def _t(self, done: Tensor) -> Tensor:
+        own = type(self).update_tensor is not ElementwiseRule.update_tensor
+        return super()._t(done) if own or "t" in self.program.scalars_read else done
 
     def _update_tree(
         self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
@@ -420,7 +429,7 @@ class ElementwiseRule(TensorRule):
             | {slot: state[name][slot].to(dtype) for slot in self.slots}
             for name, param in params.items()
         ]
-        leaves = evaluate_tree(self.program, tree, {**flat_hp(hp), "t": (steps.max() + 1).to(torch.float64)})
+        leaves = evaluate_tree(self.program, tree, {**flat_hp(hp), "t": self._t(steps.max())})
         new_params, new_state = {}, {}
         for (name, param), (new_param, *new_slots) in zip(params.items(), leaves, strict=True):
             new_params[name] = new_param.to(param.dtype)
@@ -497,6 +506,11 @@ def without(state: State, taken: State) -> State:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a parameter's update is computed and its state kept."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the price of a call where it is of that dtype already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def flat_hp(hp: HyperValues) -> dict[str, Any]:

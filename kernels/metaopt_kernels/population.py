@@ -24,8 +24,7 @@ import triton
 from torch import Tensor
 
 from metaopt.program.encoding import FIRST_MATRIX_OP, OPERATIONS, Code, reads_matrices, require_programs
-from metaopt.program.inplace import COMPARISONS
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.ops import COMPARISONS, OPS, REDUCTIONS
 from metaopt.program.population import Population
 from metaopt_kernels.aot import AotCase
 from metaopt_kernels.source import load_module

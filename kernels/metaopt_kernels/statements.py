@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 from metaopt.program.cpp import identifiers
-from metaopt.program.inplace import COMPARISONS
-from metaopt.program.ops import OPS, REDUCTIONS
+from metaopt.program.ops import COMPARISONS, OPS, REDUCTIONS
 from metaopt.program.program import Arg, Program, Statement, reduction_depths
 
 IMPORTS = """\

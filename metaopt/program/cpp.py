@@ -20,8 +20,7 @@ from torch import Tensor
 
 from metaopt.program.build import CPP_TYPES, PRELUDE, compiler, load_library
 from metaopt.program.columns import are_flat
-from metaopt.program.inplace import COMPARISONS
-from metaopt.program.ops import OPS
+from metaopt.program.ops import COMPARISONS, OPS
 from metaopt.program.program import Arg, Program, Statement
 
 SERIAL_BELOW = 1 << 15

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from metaopt.program.ops import COMPARISONS
 from metaopt.program.program import Arg, Program, Statement
 from metaopt.rule import compute_dtype
 
-COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<="}
 _COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 _CLAMP = {"maximum": "clamp_min", "minimum": "clamp_max"}
 

@@ -164,6 +164,10 @@ OPS: dict[str, Op] = {
 # fmt: on
 
 
+COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<="}
+"""Those of `OPS` that give conditions, with their signs."""
+
+
 @dataclass(frozen=True)
 class Reduction:
     """One number of many: ``finish(sum of part(x) over all elements, how many there are)``.

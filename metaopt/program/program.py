@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.program.ops import MATRIX_OPS, OPS, REDUCTIONS
+from metaopt.program.ops import COMPARISONS, MATRIX_OPS, OPS, REDUCTIONS, Reduction
 
 Arg = str | float
 """The name of an input or an earlier statement, or a constant."""
@@ -101,13 +101,24 @@ class Program:
         return frozenset(names)
 
     @cached_property
+    def scalars_read(self) -> tuple[str, ...]:
+        """Those of `scalars` that make a difference."""
+        used = {arg for s in self.statements for arg in s.args} | set(self.outputs)
+        return tuple(name for name in self.scalars if name in used)
+
+    @cached_property
     def reach(self) -> Literal["element", "tensor", "matrix", "tree"]:
         """How far the new value of an element looks: at its own values, at all of its tensor, at its row and column, or at
         all tensors."""
-        over = {REDUCTIONS[s.op].over for s in self.statements if s.op in REDUCTIONS}
+        over = {reduction.over for reduction in self.reductions}
         if "tree" in over:
             return "tree"
         return "matrix" if self.matrix_ops else "tensor" if over else "element"
+
+    @cached_property
+    def reductions(self) -> tuple[Reduction, ...]:
+        """The reductions among its statements, in order."""
+        return tuple(REDUCTIONS[s.op] for s in self.statements if s.op in REDUCTIONS)
 
     @cached_property
     def matrix_ops(self) -> frozenset[str]:
@@ -136,7 +147,7 @@ class Program:
         """The prelude as one Python function of the scalars, for speed; its text holds numbered names only."""
         names = {name: f"x{i}" for i, name in enumerate((*self.scalars, *(s.target for s in self.prelude)))}
         functions: dict[str, Any] = {f"f_{name}": op.scalar for name, op in OPS.items()}
-        lines = [f"def prelude({', '.join(names[name] for name in self.scalars)}):"]
+        lines = [f"def prelude({', '.join(names[name] for name in self.scalars_read)}):"]
         for s in self.prelude:
             arguments = ", ".join(names[a] if isinstance(a, str) else _literal(a) for a in s.args)
             lines.append(f"    {names[s.target]} = f_{s.op}({arguments})")
@@ -144,9 +155,39 @@ class Program:
         exec("\n".join(lines), functions)
         return functions["prelude"]
 
+    @cached_property
+    def _on_one_tensor(self) -> Callable[..., Any]:
+        """The kernel as one Python function of ``dtype, *tensors, *coefficients``, for speed; written as the prelude is.
+
+        With reductions it is a generator, which yields what each is of and is sent the number.
+        """
+        inputs = (*self.tensors, *self.coefficients)
+        names = {name: f"x{i}" for i, name in enumerate((*inputs, *(s.target for s in self.kernel)))}
+        functions: dict[str, Any] = {f"f_{s.op}": _plain(s.op) for s in self.kernel if s.op not in REDUCTIONS}
+        functions |= {"converted": _converted, "as_tensor": _as_tensor}
+        conditions = {s.target for s in self.kernel if s.op in COMPARISONS}
+        lines = [f"def kernel(dtype, {', '.join(names[name] for name in inputs)}):"]
+        for s in self.kernel:
+            arguments = ", ".join(names[a] if isinstance(a, str) else _literal(a) for a in s.args)
+            if s.op in REDUCTIONS:
+                value = f"yield {arguments}"
+            elif s.op == "where" or not conditions.isdisjoint(s.args):
+                value = f"converted({s.op!r}, [{arguments}], dtype)"
+            else:
+                value = f"f_{s.op}({arguments})"
+            lines.append(f"    {names[s.target]} = {value}")
+        computed = {s.target for s in self.kernel if s.op in OPS and s.target in self.element_names} - conditions
+        outputs = [names[out] if isinstance(out, str) else _literal(out) for out in self.outputs]
+        whole = [
+            text if out in computed else f"as_tensor({text}, x0)"
+            for text, out in zip(outputs, self.outputs, strict=True)
+        ]
+        exec("\n".join([*lines, f"    return [{', '.join(whole)}]"]), functions)
+        return functions["kernel"]
+
     def scalar_values(self, scalars: Mapping[str, Any]) -> dict[str, Any]:
         """Run the prelude on floats or on float64 tensors; returns the kernel's `coefficients`."""
-        values: dict[str, Any] = {name: _wide(scalars[name]) for name in self.scalars}
+        values: dict[str, Any] = {name: _wide(scalars[name]) for name in self.scalars_read}
         if not any(isinstance(value, Tensor) for value in values.values()):  # each step of an optimizer: make it quick
             return self._prelude_on_floats(*values.values())
         for s in self.prelude:
@@ -211,38 +252,47 @@ def evaluate_tree(
     Returns:
         Per parameter the new parameter and slots.
     """
-    first = program.tensors[0]
-    dtype = tree[0][first].dtype
-    numbers = {
-        name: value.to(dtype) if isinstance(value, Tensor) else value
-        for name, value in program.scalar_values(scalars).items()
-    }
-    leaves: list[dict[str, Any]] = [{name: leaf[name] for name in program.tensors} | numbers for leaf in tree]
-    for s in program.kernel:
-        if s.op in REDUCTIONS:
-            reduced = _reduce(s, leaves, dtype)
-            for values, number in zip(leaves, reduced, strict=True):
-                values[s.target] = number
-            continue
-        for values in leaves:
-            args = [values[arg] if isinstance(arg, str) else arg for arg in s.args]
-            plain: Callable[..., Any] = MATRIX_OPS[s.op].plain if s.op in MATRIX_OPS else OPS[s.op].plain
-            value = plain(*_operands(s.op, args, dtype))
-            values[s.target] = value.to(dtype) if s.op == "where" else value
-    return [
-        [_as_tensor(values[out] if isinstance(out, str) else out, values[first]) for out in program.outputs]
-        for values in leaves
+    dtype = tree[0][program.tensors[0]].dtype
+    numbers = [
+        value.to(dtype) if isinstance(value, Tensor) else value for value in program.scalar_values(scalars).values()
     ]
+    run = program._on_one_tensor
+    runs = [run(dtype, *[leaf[name] for name in program.tensors], *numbers) for leaf in tree]
+    if not program.reductions:
+        return runs
+    columns = [next(run) for run in runs]
+    *before, last = program.reductions
+    for reduction in before:
+        columns = [run.send(number) for run, number in zip(runs, _reduced(reduction, columns, dtype), strict=True)]
+    return [_last(run, number) for run, number in zip(runs, _reduced(last, columns, dtype), strict=True)]
 
 
-def _reduce(s: Statement, leaves: Sequence[Mapping[str, Any]], dtype: torch.dtype) -> list[Tensor]:
+def _last(run: Generator[Tensor, Tensor, list[Tensor]], number: Tensor) -> list[Tensor]:
+    """What a run gives once it is sent its last number."""
+    try:
+        run.send(number)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a kernel yields once per reduction")
+
+
+def _reduced(reduction: Reduction, columns: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The number that each tensor of the tree gets."""
-    reduction = REDUCTIONS[s.op]
-    columns = [values[str(s.args[0])].to(dtype) for values in leaves]
+    columns = [column.to(dtype) for column in columns]
     sums, counts = [reduction.part(column).sum() for column in columns], [column.numel() for column in columns]
     if reduction.over == "tree":
         sums, counts = [sum(sums[1:], sums[0])] * len(sums), [sum(counts)] * len(counts)
     return [reduction.finish(total, count) for total, count in zip(sums, counts, strict=True)]
+
+
+def _converted(op: str, args: list[Any], dtype: torch.dtype) -> Tensor:
+    """The operation, where conditions have to be made numbers or numbers conditions."""
+    value = _plain(op)(*_operands(op, args, dtype))
+    return value.to(dtype) if op == "where" else value
+
+
+def _plain(op: str) -> Callable[..., Any]:
+    return MATRIX_OPS[op].plain if op in MATRIX_OPS else OPS[op].plain
 
 
 def _operands(op: str, args: list[Any], dtype: torch.dtype) -> list[Any]:

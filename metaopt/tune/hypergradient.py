@@ -38,7 +38,7 @@ class Hypergradient:
             - ``method``: its name; ``why``: why "auto" chose it.
             - ``stationarity``: norm of the gradient of the inner loss at ``params``; implicit methods need it small.
             - ``residual``: of the linear system, relative to its right-hand side.
-            - ``adjoint_norms`` [T + 1]: norms of dF/ds_t from t = T down; growth says that the run is chaotic.
+            - ``adjoint_norms``: norms of dF/ds_t from t = T down to 0, between graphs; growth says that the run is chaotic.
     """
 
     value: Tensor

@@ -167,7 +167,7 @@ def _of_rule(
         params = state["params"]
         ctx = Context(
             facts_of(params),
-            step=torch.tensor(t),
+            step=torch.full((), t),
             loss=loss,
             horizon=steps,
             closure=lambda elsewhere: evaluate(elsewhere, state, hypers, t)[:2],

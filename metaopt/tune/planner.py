@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from metaopt import registry, tree
+from metaopt.rule import State
 from metaopt.tune.derivatives import MissingGradient, filled, floating, norm, transformed, vjp
 from metaopt.tune.first_order import loss_by_hypers
 from metaopt.tune.hypergradient import METHODS, Facts, Method, Outer, inner_gradients, require
@@ -215,21 +215,12 @@ def _measured(inner: Inner, hypers: Hypers) -> tuple[Facts, float]:
         begin = time.process_time()
         inner.step(state, hypers, 0)
         begin, seconds = time.process_time(), time.process_time() - begin
-        kept: list[Tensor] = []
-
-        def keep(saved: Tensor) -> Tensor:
-            kept.append(saved)
-            return saved
-
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda saved: saved):
+        with torch.enable_grad():
             leaves = tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), hypers)
-            state = inner.step(state, leaves, 0)
-            first = {leaf.untyped_storage().data_ptr() for leaf in kept}  # data and hypers are among them
-            count = len(kept)
-            if inner.steps > 1:
-                state = inner.step(state, leaves, 1)
-        fresh = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in kept[count:]}
-        step_bytes = sum(size for at, size in fresh.items() if at not in first)
+            before = inner.step(state, leaves, 0)
+            state = before if inner.steps == 1 else inner.step(before, leaves, 1)
+        first = _kept(before)  # data and hypers are among them
+        step_bytes = sum(size for at, size in _kept(state).items() if at not in first)
     parameters = sum(leaf.numel() for leaf in tree.leaves(params))
     facts = Facts(
         steps=inner.steps,
@@ -241,6 +232,28 @@ def _measured(inner: Inner, hypers: Hypers) -> tuple[Facts, float]:
         parameters=parameters,
     )
     return facts, seconds
+
+
+def _kept(state: State) -> dict[int, int]:
+    """Address and bytes of each storage that the graph of ``state`` keeps.
+
+    What nodes show of themselves is looked at: hooks for saved tensors are refused by steps that use `torch.func`.
+    """
+    found: dict[int, int] = {}
+    waiting = [leaf.grad_fn for leaf in tree.leaves(state) if leaf.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                saved = getattr(node, name)
+                for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
+                    if isinstance(tensor, Tensor):
+                        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        fresh = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= fresh
+        waiting += fresh
+    return found
 
 
 def _bytes(of: Any) -> int:

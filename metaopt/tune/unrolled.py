@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,22 +74,24 @@ def _differentiated(
 
 
 class _Adjoint:
-    """dF/ds_t and what has gathered of dF/dl, going backwards from the end of the run.
+    """dF/ds_t and what has gathered of dF/dl, going backwards from the end of the run, which is the first to be given.
 
     Attributes:
         value: F.
+        final: the state at the end of the run.
         state: cotangent of the current state, of its floating-point leaves.
         hypers: gathered so far.
         norms: of the former, from t = T on.
     """
 
-    def __init__(self, inner: Inner, outer: Outer, hypers: Hypers, state: State) -> None:
-        self.inner, self.at = inner, hypers
-        self.value, pull = vjp(
-            lambda s, h: scalar(outer(inner.params(s), h)), state, hypers, names=["state", "hypers"], second_order=False
-        )
-        self.state, self.hypers = pull(torch.ones_like(self.value))
-        self.norms = [norm(self.state)]
+    value: Tensor
+    final: State
+    state: Tree
+    hypers: Hypers
+
+    def __init__(self, inner: Inner, outer: Outer, hypers: Hypers) -> None:
+        self.inner, self.outer, self.at = inner, outer, hypers
+        self.norms: list[Tensor] = []
         self._unused: set[str] = set()
 
     def through(self, state: State, first: int, last: int) -> None:
@@ -98,28 +99,38 @@ class _Adjoint:
         if first == 0:
             self._unused.clear()  # what no later step used, the first may
         if self.inner.vjp is not None and last == first + 1:
+            if not self.norms:
+                self._begin(self.inner.step(state, self.at, first))
             self._gather(*self.inner.vjp(state, self.at, first, self.state))
             return
-        _, pull = vjp(
+        after, pull = vjp(
             lambda s, h: self.inner.advance(s, h, first, last), state, self.at, names=["state", "hypers"],
             proven=self._unused,
         )  # fmt: skip
+        if not self.norms:
+            self._begin(after)
         self._gather(*pull(self.state))
 
-    def start(self) -> None:
-        """Back over the start of the run."""
-        _, pull = vjp(self.inner.start, self.at, names=["hypers"], second_order=False)
-        self._gather({}, *pull(self.state))
+    def _begin(self, final: State) -> None:
+        """Back over the outer objective."""
+        self.value, pull = vjp(
+            lambda s, h: scalar(self.outer(self.inner.params(s), h)), final, self.at, names=["state", "hypers"],
+            second_order=False,
+        )  # fmt: skip
+        self.final, (self.state, self.hypers) = final, pull(torch.ones_like(self.value))
+        self.norms.append(norm(self.state))
 
     def _gather(self, state: Tree, hypers: Hypers) -> None:
         self.state = state
         self.hypers = add(self.hypers, hypers)
         self.norms.append(norm(state))
 
-    def result(self, state: State) -> Hypergradient:
-        """What has been found, of a run that ended in ``state``."""
-        curve = torch.stack(self.norms[:-1])
-        return Hypergradient(self.value, self.hypers, self.inner.params(state), state, {"adjoint_norms": curve})
+    def result(self) -> Hypergradient:
+        """Back over the start of the run; what has been found."""
+        _, pull = vjp(self.inner.start, self.at, names=["hypers"], second_order=False)
+        grads = add(self.hypers, *pull(self.state))
+        diagnostics = {"adjoint_norms": torch.stack(self.norms)}
+        return Hypergradient(self.value, grads, self.inner.params(self.final), self.final, diagnostics)
 
 
 class Checkpoint(Method):
@@ -130,12 +141,8 @@ class Checkpoint(Method):
 
     def run(self, inner: Inner, outer: Outer, hypers: Hypers) -> Hypergradient:
         """Train, keeping the beginnings of segments; then segment after segment backwards."""
-        kept, state = _forward(inner, inner.start(hypers), hypers, _pieces(0, inner.steps, math.isqrt(inner.steps)))
-        adjoint = _Adjoint(inner, outer, hypers, state)
-        while kept:
-            adjoint.through(*kept.pop())
-        adjoint.start()
-        return adjoint.result(state)
+        segments = math.isqrt(max(inner.steps, 1))
+        return _replayed(inner, outer, hypers, max(math.ceil(inner.steps / segments), 1), segments, 2)
 
     def cost(self, facts: Facts) -> Cost:
         """Training twice."""
@@ -144,56 +151,48 @@ class Checkpoint(Method):
 
 
 class Replay(Method):
-    """The adjoint one step at a time, of states that are recomputed from a tree of checkpoints: exact, O(log T) of memory.
+    """The adjoint a few steps at a time, of states that are recomputed from a tree of checkpoints: exact, O(log T) of memory.
 
-    At most ``states`` consecutive states are held, and ``branching`` on each level above: a run of T steps needs
-    ``log_branching(T / states)`` levels, each of which repeats the training once (Engstrom et al. 2025, section 3, whose tree
-    this is). A graph never spans more than one step, and none is made where `Inner.vjp` gives a step's adjoint: compiled steps
-    and kernels take part.
+    A graph spans ``graph`` steps; at most ``states`` states between graphs are held, and ``branching`` on each level above. A
+    run of T steps needs ``log_branching(T / (graph states))`` levels, each of which repeats the training once (Engstrom et
+    al. 2025, section 3, whose tree this is, with graphs of one step). Where `Inner.vjp` gives a step's adjoint no graph is
+    made: compiled steps and kernels take part.
     """
 
-    states: int = option(128, low=1, doc="consecutive states held at once")
+    states: int = option(128, low=1, doc="states held between consecutive graphs")
     branching: int = option(8, low=2, doc="checkpoints per level above")
+    graph: int = option(10, low=1, doc="steps per graph; 1 is leanest where a graph is much larger than a state")
 
     def run(self, inner: Inner, outer: Outer, hypers: Hypers) -> Hypergradient:
-        """Train, keeping checkpoints; then step after step backwards."""
-        kept, state = _forward(inner, inner.start(hypers), hypers, self._split(0, inner.steps))
-        adjoint = _Adjoint(inner, outer, hypers, state)
-        while kept:
-            self._back(adjoint, *kept.pop())
-        adjoint.start()
-        return adjoint.result(state)
-
-    def _split(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        return _pieces(first, last, last - first if last - first <= self.states else self.branching)
-
-    def _back(self, adjoint: _Adjoint, state: State, first: int, last: int) -> None:
-        if last == first + 1:
-            adjoint.through(state, first, last)
-            return
-        *before, final = self._split(first, last)
-        kept, state = _forward(adjoint.inner, state, adjoint.at, before)
-        kept.append((state, *final))
-        while kept:
-            self._back(adjoint, *kept.pop())
+        """Train, keeping checkpoints; then graph after graph backwards."""
+        return _replayed(inner, outer, hypers, self.graph if inner.vjp is None else 1, self.states, self.branching)
 
     def cost(self, facts: Facts) -> Cost:
         """Training once more per level."""
-        levels = math.ceil(max(math.log(max(facts.steps, 1) / self.states, self.branching), 0))
-        kept = min(self.states, facts.steps) + self.branching * levels
-        return Cost((3.5 + levels) * facts.steps, kept * facts.state_bytes + facts.step_bytes)
+        graphs = math.ceil(max(facts.steps, 1) / self.graph)
+        levels = math.ceil(max(math.log(graphs / self.states, self.branching), 0))
+        kept = min(self.states, graphs) + self.branching * levels
+        graph = min(self.graph, facts.steps) * (facts.step_bytes + facts.state_bytes)
+        return Cost((3.5 + levels) * facts.steps, kept * facts.state_bytes + graph)
 
 
-def _pieces(first: int, last: int, count: int) -> Iterator[tuple[int, int]]:
-    """``count`` intervals of nearly one length that make up steps ``first`` to ``last``."""
-    ends = [first + (last - first) * i // max(count, 1) for i in range(count + 1)]
-    return itertools.pairwise(ends)
+def _replayed(inner: Inner, outer: Outer, hypers: Hypers, graph: int, states: int, branching: int) -> Hypergradient:
+    """Training, and back through graphs of at most ``graph`` steps; see `Replay`."""
+    adjoint = _Adjoint(inner, outer, hypers)
 
+    def back(state: State, first: int, last: int) -> None:
+        graphs = math.ceil((last - first) / graph)
+        if graphs <= 1:
+            adjoint.through(state, first, last)
+            return
+        count = graphs if graphs <= states else min(branching, graphs)
+        kept = []
+        for start, end in itertools.pairwise(first + (last - first) * i // count for i in range(count + 1)):
+            kept.append((state, start, end))
+            if end < last:
+                state = inner.advance(state, hypers, start, end)
+        while kept:
+            back(*kept.pop())
 
-def _forward(inner: Inner, state: State, hypers: Hypers, pieces: Any) -> tuple[list[tuple[State, int, int]], State]:
-    """The state before each piece, with its steps; and the state after the last."""
-    kept = []
-    for first, last in pieces:
-        kept.append((state, first, last))
-        state = inner.advance(state, hypers, first, last)
-    return kept, state
+    back(inner.start(hypers), 0, inner.steps)
+    return adjoint.result()

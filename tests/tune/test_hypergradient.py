@@ -68,8 +68,26 @@ def test_replay_is_the_unroll_bit_for_bit(dtype: torch.dtype) -> None:
     loss, outer, params, hypers = network(dtype)
     inner = Inner.of_rule(loss, SGD(lr=0.3), params, 23)
     expected = gradient_of(inner, outer, hypers, "unroll")
-    for options in ({}, {"states": 1, "branching": 2}, {"states": 4, "branching": 3}):
-        assert same(gradient_of(inner, outer, hypers, "replay", **options), expected)
+    for options in ({}, {"states": 1, "branching": 2}, {"states": 4, "branching": 3}, {"states": 1, "branching": 30}):
+        assert same(gradient_of(inner, outer, hypers, "replay", graph=1, **options), expected)
+    for graph in (2, 8, 40):  # what graphs of several steps find for the hypers is summed in another order
+        found = gradient_of(inner, outer, hypers, "replay", graph=graph, states=2)
+        torch.testing.assert_close(
+            found, expected, rtol=100 * torch.finfo(dtype).eps, atol=100 * torch.finfo(dtype).eps
+        )
+
+
+def test_adjoint_norms_are_those_of_the_states_between_graphs() -> None:
+    loss, outer, params, hypers = network()
+    inner = Inner.of_rule(loss, SGD(lr=0.3), params, 23)
+
+    def norms(method: str, **options: Any) -> Tensor:
+        return hypergradient(inner, outer, hypers, method, **options).diagnostics["adjoint_norms"]
+
+    curve = norms("replay", graph=1)
+    assert curve.shape == (24,)
+    torch.testing.assert_close(norms("replay", graph=8), curve[[0, 8, 16, 23]])
+    torch.testing.assert_close(norms("checkpoint"), curve[[0, 6, 12, 18, 23]])
 
 
 def test_replay_repeats_the_training_once_per_level() -> None:
@@ -83,7 +101,12 @@ def test_replay_repeats_the_training_once_per_level() -> None:
         return whole.step(*arguments)
 
     inner = Inner(whole.start, step, 27, whole.params)
-    for options, most in (({"states": 27}, 2), ({"states": 3, "branching": 9}, 3), ({"states": 1, "branching": 3}, 4)):
+    for options, most in (
+        ({}, 2),
+        ({"states": 27, "graph": 1}, 2),
+        ({"states": 3, "branching": 9, "graph": 1}, 3),
+        ({"states": 1, "branching": 3, "graph": 1}, 4),
+    ):
         count = 0
         gradient_of(inner, outer, hypers, "replay", **options)
         assert count <= most * 27 + 4  # and the probes for unused hypers
