@@ -311,14 +311,16 @@ class TensorRule(UpdateRule):
         new_params, new_state = {}, {}
         shared = None if ctx.step is None else self._t(ctx.step)
         for name, param in params.items():
-            dtype = compute_dtype(param.dtype)
+            dtype = param.dtype
+            wide, grad = compute_dtype(dtype), grads[name]
+            own = hp.of(name) if isinstance(hp, PerParameter) else hp
             slots = {**state[name]}
             step = slots.pop("step")
             t = self._t(step) if shared is None else shared
-            new_param, new_slots = self.update_tensor(
-                cast(grads[name], dtype), slots, cast(param, dtype), hp_of(hp, name), t, ctx.info[name]
-            )
-            new_params[name] = cast(new_param, param.dtype)
+            if dtype != wide or grad.dtype != wide:  # else not for nothing: each call takes as long as an addition
+                param, grad = param.to(wide), grad.to(wide)
+            new_param, new_slots = self.update_tensor(grad, slots, param, own, t, ctx.info[name])
+            new_params[name] = new_param if new_param.dtype == dtype else new_param.to(dtype)
             new_state[name] = {"step": step + 1, **new_slots}
         return new_params, new_state
 
@@ -369,6 +371,12 @@ class ElementwiseRule(TensorRule):
 
         return trace(self)
 
+    @cached_property
+    def _evaluate_tree(self) -> Callable[..., list[list[Tensor]]]:
+        from metaopt.program.program import evaluate_tree  # once: each import takes time, and each step evaluates
+
+        return functools.partial(evaluate_tree, self.program)
+
     def init_slot(self, slot: str, param: Tensor) -> Tensor:
         """Initial value of one state tensor; zeros by default."""
         return torch.zeros_like(param)
@@ -381,10 +389,8 @@ class ElementwiseRule(TensorRule):
         self, grad: Tensor, slots: dict[str, Tensor], param: Tensor, hp: HyperValues, t: Tensor, info: ParamInfo
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the traced program on plain tensors."""
-        from metaopt.program.program import evaluate
-
         tensors = {"param": param, "grad": grad, **slots}
-        new_param, *new_slots = evaluate(self.program, tensors, {**flat_hp(hp), "t": t})
+        ((new_param, *new_slots),) = self._evaluate_tree([tensors], {**flat_hp(hp), "t": t})
         return new_param, dict(zip(self.slots, new_slots, strict=True))
 
     def update(
@@ -420,8 +426,6 @@ class ElementwiseRule(TensorRule):
     def _update_tree(
         self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
     ) -> tuple[Params, State]:
-        from metaopt.program.program import evaluate_tree
-
         dtype = functools.reduce(torch.promote_types, (param.dtype for param in params.values()), torch.float32)
         steps = torch.stack([ctx.updates_of(state[name]) for name in params])
         tree = [
@@ -429,7 +433,7 @@ class ElementwiseRule(TensorRule):
             | {slot: state[name][slot].to(dtype) for slot in self.slots}
             for name, param in params.items()
         ]
-        leaves = evaluate_tree(self.program, tree, {**flat_hp(hp), "t": self._t(steps.max())})
+        leaves = self._evaluate_tree(tree, {**flat_hp(hp), "t": self._t(steps.max())})
         new_params, new_state = {}, {}
         for (name, param), (new_param, *new_slots) in zip(params.items(), leaves, strict=True):
             new_params[name] = new_param.to(param.dtype)
@@ -506,11 +510,6 @@ def without(state: State, taken: State) -> State:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a parameter's update is computed and its state kept."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, without the price of a call where it is of that dtype already."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def flat_hp(hp: HyperValues) -> dict[str, Any]:

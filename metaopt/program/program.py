@@ -156,25 +156,34 @@ class Program:
         return functions["prelude"]
 
     @cached_property
-    def _on_one_tensor(self) -> Callable[..., Any]:
-        """The kernel as one Python function of ``dtype, *tensors, *coefficients``, for speed; written as the prelude is.
+    def _kernel_on_tensors(self) -> Callable[..., Any]:
+        """``run(dtype, *tensors, *coefficients)``: the kernel on one tensor; see `_written`."""
+        return self._written((*self.tensors, *self.coefficients), self.kernel)
+
+    @cached_property
+    def _all_on_tensors(self) -> Callable[..., Any]:
+        """``run(dtype, *tensors, *scalars)``: all statements on one tensor and floats; see `_written`."""
+        return self._written((*self.tensors, *self.scalars_read), self.statements)
+
+    def _written(self, inputs: tuple[str, ...], statements: tuple[Statement, ...]) -> Callable[..., Any]:
+        """Statements as one Python function of ``dtype, *inputs``, for speed; its text holds numbered names only.
 
         With reductions it is a generator, which yields what each is of and is sent the number.
         """
-        inputs = (*self.tensors, *self.coefficients)
-        names = {name: f"x{i}" for i, name in enumerate((*inputs, *(s.target for s in self.kernel)))}
-        functions: dict[str, Any] = {f"f_{s.op}": _plain(s.op) for s in self.kernel if s.op not in REDUCTIONS}
-        functions |= {"converted": _converted, "as_tensor": _as_tensor}
+        names = {name: f"x{i}" for i, name in enumerate((*inputs, *(s.target for s in statements)))}
+        functions: dict[str, Any] = {"converted": _converted, "as_tensor": _as_tensor}
         conditions = {s.target for s in self.kernel if s.op in COMPARISONS}
-        lines = [f"def kernel(dtype, {', '.join(names[name] for name in inputs)}):"]
-        for s in self.kernel:
+        lines = [f"def run(dtype, {', '.join(names[name] for name in inputs)}):"]
+        for s in statements:
             arguments = ", ".join(names[a] if isinstance(a, str) else _literal(a) for a in s.args)
             if s.op in REDUCTIONS:
                 value = f"yield {arguments}"
+            elif s.target in self.scalar_names:
+                value, functions[f"s_{s.op}"] = f"s_{s.op}({arguments})", OPS[s.op].scalar
             elif s.op == "where" or not conditions.isdisjoint(s.args):
                 value = f"converted({s.op!r}, [{arguments}], dtype)"
             else:
-                value = f"f_{s.op}({arguments})"
+                value, functions[f"f_{s.op}"] = f"f_{s.op}({arguments})", _plain(s.op)
             lines.append(f"    {names[s.target]} = {value}")
         computed = {s.target for s in self.kernel if s.op in OPS and s.target in self.element_names} - conditions
         outputs = [names[out] if isinstance(out, str) else _literal(out) for out in self.outputs]
@@ -183,7 +192,7 @@ class Program:
             for text, out in zip(outputs, self.outputs, strict=True)
         ]
         exec("\n".join([*lines, f"    return [{', '.join(whole)}]"]), functions)
-        return functions["kernel"]
+        return functions["run"]
 
     def scalar_values(self, scalars: Mapping[str, Any]) -> dict[str, Any]:
         """Run the prelude on floats or on float64 tensors; returns the kernel's `coefficients`."""
@@ -253,11 +262,16 @@ def evaluate_tree(
         Per parameter the new parameter and slots.
     """
     dtype = tree[0][program.tensors[0]].dtype
-    numbers = [
-        value.to(dtype) if isinstance(value, Tensor) else value for value in program.scalar_values(scalars).values()
-    ]
-    run = program._on_one_tensor
-    runs = [run(dtype, *[leaf[name] for name in program.tensors], *numbers) for leaf in tree]
+    run, numbers = program._all_on_tensors, []
+    for name in program.scalars_read:
+        value = _wide(scalars[name])
+        if isinstance(value, Tensor):
+            coefficients = program.scalar_values(scalars).values()
+            numbers = [value.to(dtype) if isinstance(value, Tensor) else value for value in coefficients]
+            run = program._kernel_on_tensors
+            break
+        numbers.append(value)
+    runs = [run(dtype, *map(leaf.__getitem__, program.tensors), *numbers) for leaf in tree]
     if not program.reductions:
         return runs
     columns = [next(run) for run in runs]

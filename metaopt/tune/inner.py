@@ -246,6 +246,8 @@ def _rule_hypers(rule: UpdateRule, hp: RuleHypers | Sequence[str], steps: int) -
         return values
     names = (hp,) if isinstance(hp, str) else tuple(hp)
     checked(dict.fromkeys(names))
+    if not names:
+        return lambda hypers, t: known
 
     def named(hypers: Hypers, t: int) -> HyperValues:
         return {**known, **{name: _at(hypers, name, t, steps) for name in names}}

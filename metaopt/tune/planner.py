@@ -14,7 +14,7 @@ from metaopt import registry, tree
 from metaopt.rule import State
 from metaopt.tune.derivatives import MissingGradient, filled, floating, norm, transformed, vjp
 from metaopt.tune.first_order import loss_by_hypers
-from metaopt.tune.hypergradient import METHODS, Facts, Method, Outer, inner_gradients, require
+from metaopt.tune.hypergradient import METHODS, Cost, Facts, Method, Outer, inner_gradients, require
 from metaopt.tune.inner import Hypers, Inner
 from metaopt.tune.inverse import optimizer_hypers
 
@@ -116,14 +116,22 @@ def choose(inner: Inner, outer: Outer, hypers: Hypers, memory: float | None) -> 
         iterations = min(facts.parameters, _CG_ITERATIONS)
         why = f"{too_large}; training solves the inner problem, so its optimum can be differentiated instead"
         return Choice("cg", solved, why, {"iterations": iterations})
-    names = ("checkpoint", "replay", *(("forward",) if not _forward_obstacle(inner, hypers) else ()))
-    costs = {name: registry.create("hypergradient", name).cost(facts) for name in names}
-    fitting = [name for name in names if costs[name].bytes <= memory]
+    exact: list[tuple[str, dict[str, Any], Cost]] = [
+        (name, options, registry.create("hypergradient", name, **options).cost(facts))
+        for name, options in (("checkpoint", {}), ("replay", {}), ("replay", {"graph": 1}), ("forward", {}))
+    ]
+    fitting = [
+        choice for choice in exact
+        if choice[2].bytes <= memory and (choice[0] != "forward" or not _forward_obstacle(inner, hypers))
+    ]  # fmt: skip
     if not fitting:  # forward mode may be leaner, but is slower with every hyper
-        least = _size(costs["replay"].bytes)
-        return Choice("replay", inner, f"{too_large}; no exact method fits, and replay comes closest ({least})", {})
-    name = min(fitting, key=lambda name: costs[name].time)
-    return Choice(name, inner, f"{too_large}; {name} is the quickest exact method that fits", {})
+        name, options, cost = min(
+            (choice for choice in exact if choice[0] == "replay"), key=lambda choice: choice[2].bytes
+        )
+        closest = f"{too_large}; no exact method fits, and replay comes closest ({_size(cost.bytes)})"
+        return Choice(name, inner, closest, options)
+    name, options, _ = min(fitting, key=lambda choice: choice[2].time)
+    return Choice(name, inner, f"{too_large}; {name} is the quickest exact method that fits", options)
 
 
 def _size(count: float) -> str:

@@ -318,6 +318,34 @@ def test_auto_says_why() -> None:
     assert method == "replay" and "no exact method fits" in why
 
 
+def test_auto_takes_the_leanest_graphs_where_they_are_much_larger_than_states() -> None:
+    x, y = draws(500, 2, seed=1), draws(500, seed=2)
+    inner = Inner.of_rule(
+        lambda p, h, _: (torch.tanh(x @ p["w"] * h["scale"]) - y).square().mean(), SGD(lr=0.1),
+        {"w": torch.ones(2, dtype=torch.float64)}, 20,
+    )  # fmt: skip
+    # so many hypers that forward mode is slower
+    hypers = {"scale": torch.tensor(1.0, dtype=torch.float64), "unused": torch.zeros(30, dtype=torch.float64)}
+    rows = {row.method: row for row in plan(inner, lambda p, h: p["w"].sum(), hypers)}
+    memory = rows["checkpoint"].bytes / 2
+    found = hypergradient(inner, lambda p, h: p["w"].sum(), hypers, memory=memory)
+    assert rows["checkpoint"].bytes < rows["replay"].bytes and found.diagnostics["method"] == "replay"
+    assert "replay is the quickest exact method that fits" in found.diagnostics["why"]
+    assert found.diagnostics["adjoint_norms"].shape == (21,)  # a graph per step
+
+
+def test_auto_works_for_steps_that_use_torch_func() -> None:
+    """Hooks for saved tensors, by which memory might be counted, are refused inside of them."""
+
+    def step(state: Any, h: Hypers, t: int) -> Any:
+        slope = torch.func.grad(lambda w: ((w - h["l"]) ** 2).sum())(state["w"])
+        return {"w": state["w"] - 0.1 * slope}
+
+    inner = Inner(lambda h: {"w": torch.zeros(3)}, step, 20, lambda state: state)
+    found = hypergradient(inner, lambda p, h: p["w"].sum(), {"l": torch.ones(3)})
+    torch.testing.assert_close(found.grads["l"], torch.full((3,), 1 - 0.8**20))
+
+
 def test_auto_leaves_forward_mode_where_an_operation_lacks_it() -> None:
     """Torch's Huber loss has second derivatives and no forward ones; with a single hyper forward mode would be the quickest."""
     x, y = draws(12, 3, seed=1), draws(12, seed=2)
