@@ -4,10 +4,10 @@
 
 One thread, processor time, methods interleaved round by round, each round in another order. Seconds are the minimum; ratios
 to the raw unroll are the median of those within a round, which other load on the machine moves least. Memory is the peak of
-what tensors hold above what was there before, counted operation by operation in a run of its own. Problems: data hyper-cleaning (softmax
-regression, 5,000 x 784 samples with a weight each, 2,000 for validation, T = 100 steps on all of them) and ridge regression
-with 1,000 penalties (2,000 x 1,000, T = 100). ``growth`` is a small problem at T = 100 to 10,000; ``agreement`` a ridge
-regression whose hypergradient has a formula. Peers, where installed: TorchOpt, higher, Betty, hypergrad.
+what tensors hold above what was there before, counted operation by operation in a run of its own. Problems: data
+hyper-cleaning (softmax regression, 5,000 x 784 samples with a weight each, 2,000 for validation, T = 100 steps on all of
+them) and ridge regression with 1,000 penalties (2,000 x 1,000, T = 100). ``growth`` is a small problem at T = 100 to 10,000;
+``agreement`` a ridge regression whose hypergradient has a formula. Peers, where installed: TorchOpt, higher, Betty, hypergrad.
 """
 
 from __future__ import annotations

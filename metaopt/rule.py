@@ -313,13 +313,12 @@ class TensorRule(UpdateRule):
         for name, param in params.items():
             dtype = param.dtype
             wide, grad = compute_dtype(dtype), grads[name]
-            own = hp.of(name) if isinstance(hp, PerParameter) else hp
+            if dtype != wide or grad.dtype != wide:  # a cast to the same dtype takes as long as an addition
+                param, grad = param.to(wide), grad.to(wide)
             slots = {**state[name]}
             step = slots.pop("step")
             t = self._t(step) if shared is None else shared
-            if dtype != wide or grad.dtype != wide:  # else not for nothing: each call takes as long as an addition
-                param, grad = param.to(wide), grad.to(wide)
-            new_param, new_slots = self.update_tensor(grad, slots, param, own, t, ctx.info[name])
+            new_param, new_slots = self.update_tensor(grad, slots, param, hp_of(hp, name), t, ctx.info[name])
             new_params[name] = new_param if new_param.dtype == dtype else new_param.to(dtype)
             new_state[name] = {"step": step + 1, **new_slots}
         return new_params, new_state
@@ -420,6 +419,7 @@ class ElementwiseRule(TensorRule):
         }
 
     def _t(self, done: Tensor) -> Tensor:
+        """As of any rule; no matter what where nothing reads it."""
         own = type(self).update_tensor is not ElementwiseRule.update_tensor
         return super()._t(done) if own or "t" in self.program.scalars_read else done
 

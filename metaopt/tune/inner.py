@@ -149,7 +149,7 @@ def _of_rule(
     whole: Callable[[Params, Hypers], Tensor] | None,
 ) -> Inner:
     values = _rule_hypers(rule, hp, steps)
-    facts = dict(info or {})
+    facts, needs = dict(info or {}), rule.requirements()
 
     def facts_of(params: Params) -> Mapping[str, ParamInfo]:
         if not facts:  # known when there are parameters; each step would find the same
@@ -165,13 +165,8 @@ def _of_rule(
 
     def updated(loss: Tensor | None, grads: Params, new_buffers: Params, state: State, hypers: Hypers, t: int) -> State:
         params = state["params"]
-        ctx = Context(
-            facts_of(params),
-            step=torch.full((), t),
-            loss=loss,
-            horizon=steps,
-            closure=lambda elsewhere: evaluate(elsewhere, state, hypers, t)[:2],
-        )
+        closure = (lambda elsewhere: evaluate(elsewhere, state, hypers, t)[:2]) if "closure" in needs else None
+        ctx = Context(facts or facts_of(params), step=torch.full((), t), loss=loss, horizon=steps, closure=closure)
         new_params, new_rule = rule.update(grads, state["rule"], params, values(hypers, t), ctx)
         return {"params": new_params, "rule": new_rule, "buffers": new_buffers}
 
@@ -184,7 +179,7 @@ def _of_rule(
     def update(grads: Params, state: State, hypers: Hypers, t: int) -> State:
         return updated(None, grads, state["buffers"], state, hypers, t)
 
-    splits = not rule.requirements() & {"loss", "closure"} and not buffers()
+    splits = not needs & {"loss", "closure"} and not buffers()
     return Inner(
         start, step, steps, lambda state: state["params"], whole,
         gradients=gradients if splits else None, update=update if splits else None,
@@ -217,8 +212,8 @@ def value_and_gradients(
         found = torch.autograd.grad(value, list(inputs.values()), create_graph=recorded, allow_unused=True)
     grads = {name: torch.zeros_like(inputs[name]) if g is None else g for name, g in zip(inputs, found, strict=True)}
     if not recorded:
-        return value.detach(), grads, tree.detach(buffers)
-    if any(g is not None and not g.requires_grad for g in found):  # constant, or cut off from what it is made of
+        return value.detach(), grads, tree.detach(buffers) if buffers else {}
+    if not all([g is None or g.requires_grad for g in found]):  # constant, or cut off from what it is made of
         used = depends(lambda p: value_and_gradients(loss, p)[1], [tree.detach(params)], ["params"])
         if used:
             raise MissingGradient(min(used))

@@ -25,7 +25,7 @@ from metaopt.learned import BoundRule, LearnedRule, Theta, from_vector, to_vecto
 from metaopt.resolve import THETA_FILE, save_theta
 from metaopt.tune.lockstep import LOOK_EXAMPLES, stacked_values, taken
 from metaopt.tune.search_space import ALL, Dimension
-from metaopt.tune.tuning import Problem, TuneConfig
+from metaopt.tune.tuning import Problem, TuneConfig, check_directory, study_name
 
 POPULATION = 32
 FACTORS = (0.8, 1.25)
@@ -56,10 +56,12 @@ def run(method: str, config: TuneConfig, directory: Path) -> str:
     """Search by ``pbt`` or ``cross-entropy``, write what was found, and say it in one line.
 
     Raises:
-        ValueError: another method, or a space that the method cannot search.
+        ValueError: another method, a space that the method cannot search, or a directory with the result of another search.
     """
     if method not in FILES:
         raise ValueError(f"method must be optuna, {' or '.join(FILES)}, got {method!r}")
+    path, study = directory / FILES[method], study_name(config)
+    check_directory(path, study)
     if method == "pbt":
         found = population_based_training(Problem(config), min(POPULATION, config.trials))
         next_step = "the values of every budget unit are in"
@@ -67,7 +69,7 @@ def run(method: str, config: TuneConfig, directory: Path) -> str:
         found, learned, theta = cross_entropy(config)
         save_theta(directory / THETA_FILE, "learned_schedule", learned, theta)
         next_step = f"next: metaopt race {directory} {config.optimizer} --tasks {config.task}; settings are in"
-    path = write_atomic(directory / FILES[method], json.dumps(plain(asdict(found)), indent=1) + "\n")
+    write_atomic(path, json.dumps({"study": study, **plain(asdict(found))}, indent=1) + "\n")
     gain = (
         f"valid loss {found.valid.iqm:.4g} [{found.valid.low:.4g}, {found.valid.high:.4g}] from fresh seeds, constant "
     )

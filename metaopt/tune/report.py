@@ -40,6 +40,7 @@ def save(problem: Problem, study: optuna.Study, selection: Selection, directory:
     page = Console(file=io.StringIO(), width=120)
     page.print(table(problem, study, selection))
     result = {
+        "study": study.study_name,
         "settings": problem.settings(),
         "counts": counts(study),
         "selection": dataclasses.asdict(selection),
@@ -51,23 +52,6 @@ def save(problem: Problem, study: optuna.Study, selection: Selection, directory:
         write_atomic(directory / TABLE_FILE, page.file.getvalue()),  # type: ignore[attr-defined]
         *(write_atomic(directory / f"{name}.png", png) for name, png in plots(study).items()),
     ]
-
-
-def check_directory(directory: Path, problem: Problem) -> None:
-    """Refuse a directory that holds the result of another search, which `save` would replace.
-
-    Raises:
-        ValueError: it does.
-    """
-    path = directory / RESULT_FILE
-    if not path.exists():
-        return
-    settings = json.loads(path.read_text())["settings"]
-    kept, asked = ((of["optimizer"], of["task"]) for of in (settings, problem.settings()))
-    if kept != asked:
-        raise ValueError(
-            f"{directory} holds the result of {kept[0]} on {kept[1]}, not {asked[0]} on {asked[1]}; choose another directory"
-        )
 
 
 def counts(study: optuna.Study) -> dict[str, int]:

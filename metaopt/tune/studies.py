@@ -24,7 +24,7 @@ def open_storage(url: str, *, existing: bool = False) -> BaseStorage:
         existing: a journal or SQLite file is to be there already, and not made.
 
     Raises:
-        ValueError: text that is none of these, a driver that is not installed, a database that cannot be opened, or no file
+        ValueError: text that is none of these, a driver that is not installed, what cannot be opened or made, or no file
             with ``existing``.
     """
     scheme, colon, rest = url.partition(":")
@@ -32,11 +32,15 @@ def open_storage(url: str, *, existing: bool = False) -> BaseStorage:
         raise ValueError(
             f"storage must be journal:PATH, sqlite:///PATH, postgresql://USER@HOST/NAME or grpc://HOST:PORT, got {url!r}"
         )
-    path = rest if scheme == "journal" else _sqlite_file(url) if existing and scheme.startswith("sqlite") else None
-    if existing and path is not None and not Path(path).exists():
-        raise ValueError(f"storage {url!r} is no file; give the one that metaopt tune was given, or has made")
+    path = rest if scheme == "journal" else _sqlite_file(url) if scheme.startswith("sqlite") else None
+    if path is not None:
+        if existing and not Path(path).exists():
+            raise ValueError(f"storage {url!r} is no file; give the one that metaopt tune was given, or has made")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"storage {url!r} cannot be made: {error}") from None
     if scheme == "journal":
-        Path(rest).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(rest))
     if scheme == "grpc":
         return _grpc_proxy(url)

@@ -12,6 +12,7 @@ means is the winner; its loss on the test split comes from runs with further see
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -378,11 +379,10 @@ def tune(
     if select_on is not None:
         registry.create("task", select_on, device=config.device)
     directory = Path(directory)
-    report.check_directory(directory, problem)
+    name = name or study_name(config)
+    check_directory(directory / report.RESULT_FILE, name)
     url = storage or f"journal:{directory / studies.STUDY_FILE}"
-    study = studies.open_study(
-        studies.open_storage(url), name or study_name(config), problem.settings(), len(config.objectives)
-    )
+    study = studies.open_study(studies.open_storage(url), name, problem.settings(), len(config.objectives))
     first = not study.get_trials(deepcopy=False)
     if first:
         for values in ({**problem.rule.values()}, *enqueue):
@@ -443,3 +443,18 @@ def require_optuna() -> None:
     except ImportError as error:
         raise ValueError("a search needs the extra 'tune': pip install 'torch-metaopt[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def check_directory(path: Path, study: str) -> None:
+    """Refuse to replace the result of another search.
+
+    Args:
+        path: the file that would be replaced; what it holds names its ``study``.
+        study: whose result is to be written.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    kept = json.loads(path.read_text()).get("study", study) if path.exists() else study
+    if kept != study:
+        raise ValueError(f"{path.parent} holds the result of {kept}, not of {study}; choose another directory (--out)")

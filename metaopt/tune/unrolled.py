@@ -45,7 +45,7 @@ class Truncated(Method):
     window (S + M).
     """
 
-    window: int = option(12, low=1, doc="steps differentiated")
+    window: int = option(16, low=1, doc="steps differentiated")
 
     def run(self, inner: Inner, outer: Outer, hypers: Hypers) -> Hypergradient:
         """Train, then differentiate the end."""
@@ -161,7 +161,7 @@ class Replay(Method):
 
     states: int = option(128, low=1, doc="states held between consecutive graphs")
     branching: int = option(8, low=2, doc="checkpoints per level above")
-    graph: int = option(12, low=1, doc="steps per graph; 1 is leanest where a graph is much larger than a state")
+    graph: int = option(16, low=1, doc="steps per graph; 1 is leanest where a graph is much larger than a state")
 
     def run(self, inner: Inner, outer: Outer, hypers: Hypers) -> Hypergradient:
         """Train, keeping checkpoints; then graph after graph backwards."""

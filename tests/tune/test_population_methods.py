@@ -62,3 +62,15 @@ def test_the_schedule_that_was_found_can_be_raced(tmp_path: Path) -> None:
     arguments = ["tune", "sgd", "--task", "booth", "--steps", "20", "--trials", "32", "--out", str(tmp_path)]
     assert main([*arguments, "--method", "cross-entropy"]) == 0
     assert "horizon" in resolve_rule(str(tmp_path)).requirements()
+
+
+def test_a_directory_keeps_the_result_of_its_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "booth", "--steps", "20", "--trials", "4", "--method", "pbt", "--out", str(tmp_path)]
+    assert main(["tune", "sgd", "--search", "lr", *arguments]) == 0
+    (kept,) = tmp_path.iterdir()
+    before = kept.read_bytes()
+    assert main(["tune", "adamw", "--search", "lr", *arguments]) == 2
+    assert "holds the result of sgd on booth, not of adamw on booth; choose another" in capsys.readouterr().err
+    assert kept.read_bytes() == before
+    assert main(["tune", "sgd", "--search", "lr", *arguments]) == 0
+    assert kept.read_bytes() == before

@@ -119,8 +119,14 @@ def test_names_and_urls_that_are_none_are_refused(tmp_path: Path) -> None:
         algorithms.pruner("best", 10)
     with pytest.raises(ValueError, match="storage must be journal:PATH"):
         open_storage("study.log")
-    with pytest.raises(ValueError, match=r"nowhere/study\.db' cannot be opened: unable to open database file"):
-        open_storage(f"sqlite:///{tmp_path}/nowhere/study.db")
+    with pytest.raises(ValueError, match=r"' cannot be opened: unable to open database file"):
+        open_storage(f"sqlite:///{tmp_path}")
+    (tmp_path / "file").touch()
+    for url in (f"sqlite:///{tmp_path}/file/study.db", f"journal:{tmp_path}/file/study.log"):
+        with pytest.raises(ValueError, match=r"/file/study\.\w+' cannot be made: "):
+            open_storage(url)
+    open_storage(f"sqlite:///{tmp_path}/new/study.db")
+    assert (tmp_path / "new" / "study.db").exists()
     with pytest.raises(ValueError, match="units must divide the 40 steps of a run, got 7; try 10"):
         Problem(dataclasses.replace(CONFIG, units=7)).lockstep()
     with pytest.raises(ValueError, match=r"log' is no file; give the one that metaopt tune was given"):
@@ -242,8 +248,10 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         assert (old.params, old.values) == (new.params, new.values)
     with pytest.raises(ValueError, match=r"search with search=\['lr'\], not \['beta1'\]; give the same"):
         tune(dataclasses.replace(more, search=("beta1",)), tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"holds the result of adamw on digits_mlp, not lion on digits_mlp; choose"):
+    with pytest.raises(ValueError, match=r"holds the result of adamw on digits_mlp, not of lion on digits_mlp; choose"):
         tune(dataclasses.replace(config, optimizer="lion"), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"holds the result of adamw on digits_mlp, not of again; choose another"):
+        tune(more, tmp_path, name="again", progress=False)
     # the report, and what race makes of it
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".txt", ".png", ".log"}
     winner = result.selection.winner
