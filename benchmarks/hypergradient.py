@@ -263,7 +263,8 @@ def contenders() -> dict[str, Callable[[Problem], Tensor]]:
         "unroll": ours("unroll"),
         "checkpoint": ours("checkpoint"),
         "replay": ours("replay"),
-        "replay, states=8": ours("replay", states=8),
+        "replay, graph=1": ours("replay", graph=1),
+        "replay, states=8, graph=1": ours("replay", states=8, graph=1),
         "truncated, window=10": ours("truncated"),
         "cg": ours("cg"),
         "neumann": ours("neumann"),
@@ -342,7 +343,7 @@ def compare(problem: Problem, rounds: int) -> list[dict[str, Any]]:
 def growth() -> list[dict[str, Any]]:
     """Peak bytes at growing T, of a problem of 100 samples of 20 numbers."""
     methods = {name: ours(name) for name in ("unroll", "checkpoint", "replay", "cg")}
-    methods["replay, states=8"] = ours("replay", states=8)
+    methods["replay, states=8, graph=1"] = ours("replay", states=8, graph=1)
     rows = []
     for problem in (cleaning(100, 20, steps) for steps in GROWTH):
         rows.append({"steps": problem.steps} | {name: peak(lambda: run(problem)) for name, run in methods.items()})  # noqa: B023

@@ -45,7 +45,7 @@ class Truncated(Method):
     window (S + M).
     """
 
-    window: int = option(16, low=1, doc="steps differentiated")
+    window: int = option(10, low=1, doc="steps differentiated")
 
     def run(self, inner: Inner, outer: Outer, hypers: Hypers) -> Hypergradient:
         """Train, then differentiate the end."""
