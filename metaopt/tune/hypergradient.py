@@ -165,8 +165,8 @@ def hypergradient(
         require(inner, method, chosen.needs)
         found = chosen.run(inner, outer, hypers)
         facts = {"method": method, **why, **found.diagnostics}
-        if inner.loss is not None and "stationarity" not in facts and "values" not in chosen.needs:
-            facts["stationarity"] = norm(inner_gradients(inner, found.params, hypers))
+        if "stationarity" not in facts and "values" not in chosen.needs:
+            facts |= diagnosed(inner, found.params, hypers)
     return replace(found, diagnostics=facts)
 
 
@@ -182,6 +182,14 @@ def require(inner: Inner, method: str, needs: tuple[str, ...]) -> None:
             f"method {method!r} needs steps that are a gradient followed by an update; give gradients= and update= to Inner "
             f"(Inner.of_rule does, except for rules that look at the loss), or choose another method"
         )
+
+
+def diagnosed(inner: Inner, params: Params, hypers: Hypers) -> dict[str, Tensor]:
+    """``stationarity`` of ``params``; nothing where the inner problem states no loss of all data."""
+    if inner.loss is None:
+        return {}
+    with torch.no_grad():
+        return {"stationarity": norm(inner_gradients(inner, params, hypers))}
 
 
 def inner_gradients(inner: Inner, params: Params, hypers: Hypers) -> Params:

@@ -31,6 +31,7 @@ from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
 from metaopt.resolve import resolve_rule
 from metaopt.rule import Context, Params, UpdateRule, infer_info
 from metaopt.tune import METHODS, Hypers, Inner, hypergradient, tolerances
+from metaopt.tune.hypergradient import diagnosed
 from metaopt.tune.problem import BilevelProblem
 
 CHECKPOINT_FILE, CONFIG_FILE, RESULT_FILE, HYPERS_FILE = "checkpoint.pt", "config.json", "result.json", "hypers.pt"
@@ -302,10 +303,7 @@ def stationarity(inner: Inner, state: Any, hypers: Hypers) -> float:
     """
     if inner.loss is None:
         raise ValueError("a tolerance needs an inner problem with a loss, whose gradient shall vanish; leave it out")
-    params = tree.map_tree(lambda p: p.detach().requires_grad_(), inner.params(state))
-    with torch.enable_grad():
-        slopes = torch.autograd.grad(inner.loss(params, hypers), list(tree.leaves(params)))
-    return float(get_total_norm(slopes))
+    return float(diagnosed(inner, inner.params(state), hypers)["stationarity"])
 
 
 def _from_state(inner: Inner, state: Any) -> Inner:
