@@ -18,7 +18,7 @@ from metaopt.rule import State
 from metaopt.space import option
 from metaopt.tree import Tree
 from metaopt.tune.derivatives import add, norm, vjp
-from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, diagnosed, scalar
+from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, scalar
 from metaopt.tune.inner import Hypers, Inner
 
 
@@ -69,10 +69,8 @@ def _differentiated(
         return scalar(outer(inner.params(state), h)), state
 
     (value, state), pull = vjp(run, hypers, names=["hypers"], has_aux=True)
-    params = inner.params(state)
-    diagnostics = diagnosed(inner, params, hypers)  # while the code of gradients is still in the processor's caches
     (grads,) = pull(torch.ones_like(value))
-    return Hypergradient(value, grads, params, state, diagnostics)
+    return Hypergradient(value, grads, inner.params(state), state)
 
 
 class _Adjoint:
@@ -81,7 +79,6 @@ class _Adjoint:
     Attributes:
         value: F.
         final: the state at the end of the run.
-        diagnostics: of that.
         state: cotangent of the current state, of its floating-point leaves.
         hypers: gathered so far.
         norms: of the former, from t = T on.
@@ -89,7 +86,6 @@ class _Adjoint:
 
     value: Tensor
     final: State
-    diagnostics: dict[str, Tensor]
     state: Tree
     hypers: Hypers
 
@@ -117,7 +113,6 @@ class _Adjoint:
 
     def _begin(self, final: State) -> None:
         """Back over the outer objective."""
-        self.diagnostics = diagnosed(self.inner, self.inner.params(final), self.at)
         self.value, pull = vjp(
             lambda s, h: scalar(self.outer(self.inner.params(s), h)), final, self.at, names=["state", "hypers"],
             second_order=False,
@@ -134,7 +129,7 @@ class _Adjoint:
         """Back over the start of the run; what has been found."""
         _, pull = vjp(self.inner.start, self.at, names=["hypers"], second_order=False)
         grads = add(self.hypers, *pull(self.state))
-        diagnostics = {**self.diagnostics, "adjoint_norms": torch.stack(self.norms)}
+        diagnostics = {"adjoint_norms": torch.stack(self.norms)}
         return Hypergradient(self.value, grads, self.inner.params(self.final), self.final, diagnostics)
 
 
