@@ -33,7 +33,7 @@ def metaopt_hypergradients() -> list[Spec]:
         Spec("unroll", f"{run}:Unroll", "exact: one autograd graph of the run", ("exact",), maclaurin),
         Spec("checkpoint", f"{run}:Checkpoint", "exact: the graph of one of sqrt(T) segments at a time", ("exact",),
              "Chen et al., 2016, arXiv:1604.06174"),
-        Spec("replay", f"{run}:Replay", "exact: the adjoint step by step, states from a tree of checkpoints", ("exact",),
+        Spec("replay", f"{run}:Replay", "exact: the adjoint of some steps at a time, states from a checkpoint tree", ("exact",),
              "Engstrom et al., 2025, arXiv:2503.13751"),
         Spec("forward", "metaopt.tune.forward:Forward", "exact: tangents of all hypers along the run", ("exact",),
              "Franceschi et al., 2017, arXiv:1703.01785"),
