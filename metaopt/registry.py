@@ -15,7 +15,7 @@ import pkgutil
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +105,7 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._reports: dict[str, PluginReport] = {}
         self._offers: list[_Offer] = []
+        self._named: dict[str, dict[str, list[_Offer]]] = {}
         for name, plugin in (plugins or {}).items():
             self._add(plugin, _report_of(plugin, name))
 
@@ -210,10 +211,11 @@ class Registry:
 
     def _by_name(self, kind: str) -> dict[str, list[_Offer]]:
         _require_kind(kind)
-        found: dict[str, list[_Offer]] = {}
-        for offer in sorted((o for o in self._offers if o.kind == kind), key=lambda offer: offer.spec.name):
-            found.setdefault(offer.spec.name, []).append(offer)
-        return found
+        if kind not in self._named:
+            found = self._named[kind] = {}
+            for offer in sorted((o for o in self._offers if o.kind == kind), key=lambda offer: offer.spec.name):
+                found.setdefault(offer.spec.name, []).append(offer)
+        return self._named[kind]
 
     def _offer(self, kind: str, name: str) -> _Offer:
         known = self._by_name(kind)
@@ -252,6 +254,7 @@ class Registry:
         counts = dict(Counter(offer.kind for offer in offers))
         where = getattr(plugin, "__file__", None) or report.where
         self._offers += offers
+        self._named.clear()
         self._reports[report.name] = replace(report, where=where, counts=counts, error="; ".join(problems) or None)
         return self._reports[report.name]
 
@@ -260,6 +263,7 @@ class Registry:
             self._manager.unregister(name=name)
         self._reports.pop(name, None)
         self._offers = [offer for offer in self._offers if offer.plugin != name]
+        self._named.clear()
 
     def _collect(self, plugin: object, name: str) -> tuple[list[_Offer], list[str]]:
         """What each hook of one plugin returns, and what went wrong; a hook that raises silences no other."""
@@ -352,7 +356,9 @@ def _checked(spec: object) -> Spec:
     return spec
 
 
-def _check_arguments(factory: Callable[..., Any], arguments: Iterable[str], what: str) -> None:
+def _check_arguments(factory: Callable[..., Any], arguments: Collection[str], what: str) -> None:
+    if not arguments:
+        return
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # some builtins have no signature

@@ -310,16 +310,16 @@ class TensorRule(UpdateRule):
         """Map `update_tensor` over the parameters."""
         new_params, new_state = {}, {}
         shared = None if ctx.step is None else self._t(ctx.step)
+        of = hp.of if isinstance(hp, PerParameter) else None
         for name, param in params.items():
             dtype = param.dtype
             wide, grad = compute_dtype(dtype), grads[name]
-            if dtype != wide or grad.dtype != wide:  # a cast to the same dtype takes as long as an addition
-                param, grad = param.to(wide), grad.to(wide)
+            param, grad = _cast(param, wide), _cast(grad, wide)
             slots = {**state[name]}
             step = slots.pop("step")
             t = self._t(step) if shared is None else shared
-            new_param, new_slots = self.update_tensor(grad, slots, param, hp_of(hp, name), t, ctx.info[name])
-            new_params[name] = new_param if new_param.dtype == dtype else new_param.to(dtype)
+            new_param, new_slots = self.update_tensor(grad, slots, param, of(name) if of else hp, t, ctx.info[name])
+            new_params[name] = _cast(new_param, dtype)
             new_state[name] = {"step": step + 1, **new_slots}
         return new_params, new_state
 
@@ -400,45 +400,52 @@ class ElementwiseRule(TensorRule):
         Not so with norms or means of a tensor. With those of the tree, param groups must agree on hyperparameters, and ``t``
         is that of the tensor which has had most updates.
         """
-        if self.program.reach == "tree" and params:
-            return self._update_tree(grads, state, params, hp, ctx)
-        apart = len(params) < 2 or self.program.reach != "element" or isinstance(hp, PerParameter)
-        if ctx.step is None or apart or len({param.dtype for param in params.values()}) > 1:
+        reach, dtypes = self.program.reach, {param.dtype for param in params.values()}
+        if reach == "tree" and params:
+            done = torch.stack([ctx.updates_of(state[name]) for name in params]).max()
+            dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+            return self._update_together(grads, state, params, hp, done, dtype)
+        if ctx.step is None or len(dtypes) != 1 or self._by_hand or isinstance(hp, PerParameter):
             return super().update(grads, state, params, hp, ctx)
-        flat = {"param": _concat(params), "grad": _concat({name: grads[name] for name in params})}
+        dtype = compute_dtype(*dtypes)
+        if reach != "element" or len(params) == 1:
+            return self._update_together(grads, state, params, hp, ctx.step, dtype)
+        grad = _concat({name: grads[name] for name in params})
         slots = {slot: _concat({name: state[name][slot] for name in params}) for slot in self.slots}
-        dtype = compute_dtype(flat["param"].dtype)
-        t = self._t(ctx.step)
-        info = ParamInfo((flat["param"].numel(),), "hidden", 1, 1)
-        new_param, new_slots = self.update_tensor(flat["grad"].to(dtype), slots, flat["param"].to(dtype), hp, t, info)
-        new_params = _split(new_param.to(flat["param"].dtype), params)
-        split_slots = {slot: _split(value, params) for slot, value in new_slots.items()}
-        return new_params, {
-            name: {"step": state[name]["step"] + 1, **{slot: split_slots[slot][name] for slot in self.slots}}
+        flat = {"": grad}, {"": {"step": ctx.step, **slots}}, {"": _concat(params)}
+        new_flat, flat_state = self._update_together(*flat, hp, ctx.step, dtype)
+        new_slots = {slot: _split(flat_state[""][slot], params) for slot in self.slots}
+        return _split(new_flat[""], params), {
+            name: {"step": state[name]["step"] + 1, **{slot: new_slots[slot][name] for slot in self.slots}}
             for name in params
         }
 
+    @property
+    def _by_hand(self) -> bool:
+        """Whether a subclass has written `update_tensor` itself."""
+        return type(self).update_tensor is not ElementwiseRule.update_tensor
+
     def _t(self, done: Tensor) -> Tensor:
         """As of any rule; no matter what where nothing reads it."""
-        own = type(self).update_tensor is not ElementwiseRule.update_tensor
-        return super()._t(done) if own or "t" in self.program.scalars_read else done
+        return super()._t(done) if self._by_hand or "t" in self.program.scalars_read else done
 
-    def _update_tree(
-        self, grads: Params, state: State, params: Params, hp: HyperValues, ctx: Context
+    def _update_together(
+        self, grads: Params, state: State, params: Params, hp: HyperValues, done: Tensor, dtype: torch.dtype
     ) -> tuple[Params, State]:
-        dtype = functools.reduce(torch.promote_types, (param.dtype for param in params.values()), torch.float32)
-        steps = torch.stack([ctx.updates_of(state[name]) for name in params])
-        tree = [
-            {"param": param.to(dtype), "grad": grads[name].to(dtype)}
-            | {slot: state[name][slot].to(dtype) for slot in self.slots}
-            for name, param in params.items()
-        ]
-        leaves = self._evaluate_tree(tree, {**flat_hp(hp), "t": self._t(steps.max())})
+        """All parameters in one evaluation, computed in ``dtype``, after ``done`` updates."""
+        tree = []
+        for name, param in params.items():
+            tensors = {"param": _cast(param, dtype), "grad": _cast(grads[name], dtype)}
+            for slot in self.slots:
+                tensors[slot] = _cast(state[name][slot], dtype)
+            tree.append(tensors)
+        leaves = self._evaluate_tree(tree, {**flat_hp(hp), "t": self._t(done)})
         new_params, new_state = {}, {}
         for (name, param), (new_param, *new_slots) in zip(params.items(), leaves, strict=True):
-            new_params[name] = new_param.to(param.dtype)
-            kept = {slot: new.to(state[name][slot].dtype) for slot, new in zip(self.slots, new_slots, strict=True)}
-            new_state[name] = {"step": state[name]["step"] + 1, **kept}
+            new_params[name] = _cast(new_param, param.dtype)
+            slots = new_state[name] = {"step": state[name]["step"] + 1}
+            for slot, new in zip(self.slots, new_slots, strict=True):
+                slots[slot] = _cast(new, state[name][slot].dtype)
         return new_params, new_state
 
 
@@ -510,6 +517,11 @@ def without(state: State, taken: State) -> State:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a parameter's update is computed and its state kept."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as an addition where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def flat_hp(hp: HyperValues) -> dict[str, Any]:

@@ -264,7 +264,9 @@ def evaluate_tree(
     dtype = tree[0][program.tensors[0]].dtype
     run, numbers = program._all_on_tensors, []
     for name in program.scalars_read:
-        value = _wide(scalars[name])
+        value = scalars[name]
+        if type(value) is not float:
+            value = _wide(value)
         if isinstance(value, Tensor):
             coefficients = program.scalar_values(scalars).values()
             numbers = [value.to(dtype) if isinstance(value, Tensor) else value for value in coefficients]

@@ -7,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,36 @@ Outer = Callable[[Params, Hypers], Tensor]
 """``outer(params, hypers) -> scalar``: what the hypers are judged by."""
 
 
+class Diagnostics(Mapping[str, Any]):
+    """By name; what takes a pass over all data is computed when it is first read.
+
+    Args:
+        known: values.
+        later: functions that give more of them.
+    """
+
+    def __init__(self, known: Mapping[str, Any], later: Mapping[str, Callable[[], Any]] | None = None) -> None:
+        self._known, self._later = dict(known), dict(later or {})
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._later:
+            self._known[name] = self._later[name]()
+            del self._later[name]
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._known, *self._later])
+
+    def __len__(self) -> int:
+        return len(self._known) + len(self._later)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Diagnostics, (dict(self),)  # values alone: what computes them holds the inner problem
+
+
 @dataclass(frozen=True)
 class Hypergradient:
     """What a method found.
@@ -33,7 +64,7 @@ class Hypergradient:
         grads: its derivative with respect to each hyper, detached.
         params: what the inner run ended with, detached.
         state: all of that, to go on from (a warm start).
-        diagnostics: what a method can say of its own quality; tensors where computed.
+        diagnostics: what a method can say of its own quality (see `Diagnostics`); tensors where computed.
 
             - ``method``: its name; ``why``: why "auto" chose it.
             - ``stationarity``: norm of the gradient of the inner loss at ``params``; implicit methods need it small.
@@ -45,7 +76,7 @@ class Hypergradient:
     grads: Hypers
     params: Params
     state: State
-    diagnostics: dict[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,10 +195,12 @@ def hypergradient(
             chosen = replace(chosen, **{"seed": seed + draw})
         require(inner, method, chosen.needs)
         found = chosen.run(inner, outer, hypers)
-        facts = {"method": method, **why, **found.diagnostics}
-        if "stationarity" not in facts and "values" not in chosen.needs:
-            facts |= diagnosed(inner, found.params, hypers)
-    return replace(found, diagnostics=facts)
+        facts, later = {"method": method, **why, **found.diagnostics}, {}
+        if inner.loss is not None and "stationarity" not in facts and "values" not in chosen.needs:
+            # copies: by the time it is read, an optimizer may have changed these in place
+            at = tree.map_tree(torch.clone, found.params), tree.map_tree(torch.clone, hypers)
+            later["stationarity"] = functools.partial(stationarity, inner, *at)
+    return replace(found, diagnostics=Diagnostics(facts, later))
 
 
 def require(inner: Inner, method: str, needs: tuple[str, ...]) -> None:
@@ -184,12 +217,10 @@ def require(inner: Inner, method: str, needs: tuple[str, ...]) -> None:
         )
 
 
-def diagnosed(inner: Inner, params: Params, hypers: Hypers) -> dict[str, Tensor]:
-    """``stationarity`` of ``params``; nothing where the inner problem states no loss of all data."""
-    if inner.loss is None:
-        return {}
+def stationarity(inner: Inner, params: Params, hypers: Hypers) -> Tensor:
+    """Norm of the gradient of the inner loss of all data, 0-d."""
     with torch.no_grad():
-        return {"stationarity": norm(inner_gradients(inner, params, hypers))}
+        return norm(inner_gradients(inner, params, hypers))
 
 
 def inner_gradients(inner: Inner, params: Params, hypers: Hypers) -> Params:

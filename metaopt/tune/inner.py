@@ -23,6 +23,9 @@ Hypers = dict[str, Tensor]
 RuleHypers = Callable[[Hypers, int], Mapping[str, Any]]
 """``(hypers, t) -> {"lr": ...}``: what a rule's hyperparameters are at step t."""
 
+_COUNTS = 1000
+"""Step counts kept as tensors: making one takes as long as an addition."""
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -53,8 +56,7 @@ class Inner:
     vjp: Callable[[State, Hypers, int, State], tuple[State, Hypers]] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        _require_count(self.steps)
 
     def advance(self, state: State, hypers: Hypers, first: int, last: int) -> State:
         """The state before step ``last`` of a run that is in ``state`` before step ``first``."""
@@ -148,8 +150,10 @@ def _of_rule(
     hp: RuleHypers | Sequence[str],
     whole: Callable[[Params, Hypers], Tensor] | None,
 ) -> Inner:
+    _require_count(steps)
     values = _rule_hypers(rule, hp, steps)
     facts, needs = dict(info or {}), rule.requirements()
+    counts = torch.arange(min(steps, _COUNTS)).unbind()
 
     def facts_of(params: Params) -> Mapping[str, ParamInfo]:
         if not facts:  # known when there are parameters; each step would find the same
@@ -161,17 +165,20 @@ def _of_rule(
         return {"params": params, "rule": rule.init(params, facts_of(params)), "buffers": buffers()}
 
     def evaluate(params: Params, state: State, hypers: Hypers, t: int) -> tuple[Tensor, Params, Params]:
-        return value_and_gradients(lambda p: training_loss(p, state["buffers"], hypers, t), params)
+        return value_and_gradients(training_loss, params, state["buffers"], hypers, t)
 
     def updated(loss: Tensor | None, grads: Params, new_buffers: Params, state: State, hypers: Hypers, t: int) -> State:
         params = state["params"]
         closure = (lambda elsewhere: evaluate(elsewhere, state, hypers, t)[:2]) if "closure" in needs else None
-        ctx = Context(facts or facts_of(params), step=torch.full((), t), loss=loss, horizon=steps, closure=closure)
+        done = counts[t] if t < len(counts) else torch.full((), t)
+        ctx = Context(facts or facts_of(params), step=done, loss=loss, horizon=steps, closure=closure)
         new_params, new_rule = rule.update(grads, state["rule"], params, values(hypers, t), ctx)
         return {"params": new_params, "rule": new_rule, "buffers": new_buffers}
 
     def step(state: State, hypers: Hypers, t: int) -> State:
-        return updated(*evaluate(state["params"], state, hypers, t), state, hypers, t)
+        return updated(
+            *value_and_gradients(training_loss, state["params"], state["buffers"], hypers, t), state, hypers, t
+        )
 
     def gradients(state: State, hypers: Hypers, t: int) -> Params:
         return evaluate(state["params"], state, hypers, t)[1]
@@ -186,10 +193,15 @@ def _of_rule(
     )  # fmt: skip
 
 
+def _require_count(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
+
+
 def value_and_gradients(
-    loss: Callable[[Params], tuple[Tensor, Params]], params: Params
+    loss: Callable[..., tuple[Tensor, Params]], params: Params, *args: Any
 ) -> tuple[Tensor, Params, Params]:
-    """``loss(params) -> (value, buffers)``, and its gradients: differentiable again where gradients are recorded.
+    """``loss(params, *args) -> (value, buffers)``, and its gradients: differentiable again where gradients are recorded.
 
     By plain autograd, whose unrolls take three quarters of the time and a quarter of the memory of `torch.func`'s; by the
     latter inside its transforms, where nothing else works.
@@ -199,25 +211,37 @@ def value_and_gradients(
         MissingGradient: where gradients are recorded, they depend on the parameters and have no derivatives.
     """
     if torch._C._are_functorch_transforms_active():
-        grads, (value, buffers) = grad_and_value(loss, has_aux=True)(params)
+        grads, (value, buffers) = grad_and_value(lambda p: loss(p, *args), has_aux=True)(params)
         return value, grads, buffers
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = {
-            name: p if recorded and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()
-        }
-        value, buffers = loss(inputs)
-        if value.dim():
-            raise ValueError(f"the inner loss must be a scalar, got shape {tuple(value.shape)}; take its mean or sum")
-        found = torch.autograd.grad(value, list(inputs.values()), create_graph=recorded, allow_unused=True)
-    grads = {name: torch.zeros_like(inputs[name]) if g is None else g for name, g in zip(inputs, found, strict=True)}
-    if not recorded:
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            value, grads, buffers, _ = _by_autograd(loss, params, args, again=False)
         return value.detach(), grads, tree.detach(buffers) if buffers else {}
-    if not all([g is None or g.requires_grad for g in found]):  # constant, or cut off from what it is made of
-        used = depends(lambda p: value_and_gradients(loss, p)[1], [tree.detach(params)], ["params"])
+    value, grads, buffers, constant = _by_autograd(loss, params, args, again=True)
+    if constant:  # or cut off from what it is made of
+        used = depends(lambda p: value_and_gradients(loss, p, *args)[1], [tree.detach(params)], ["params"])
         if used:
             raise MissingGradient(min(used))
     return value, grads, buffers
+
+
+def _by_autograd(
+    loss: Callable[..., tuple[Tensor, Params]], params: Params, args: tuple[Any, ...], again: bool
+) -> tuple[Tensor, Params, Params, bool]:
+    """And whether ``again`` was asked for in vain: a gradient is not recorded."""
+    inputs = {name: p if again and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
+    value, buffers = loss(inputs, *args)
+    if value.dim():
+        raise ValueError(f"the inner loss must be a scalar, got shape {tuple(value.shape)}; take its mean or sum")
+    found = torch.autograd.grad(value, list(inputs.values()), create_graph=again, allow_unused=True)
+    grads, constant = {}, False
+    for (name, leaf), grad in zip(inputs.items(), found, strict=True):
+        if grad is None:
+            grad = torch.zeros_like(leaf)
+        elif again and not grad.requires_grad:
+            constant = True
+        grads[name] = grad
+    return value, grads, buffers, constant
 
 
 def _rule_hypers(rule: UpdateRule, hp: RuleHypers | Sequence[str], steps: int) -> Callable[[Hypers, int], HyperValues]:

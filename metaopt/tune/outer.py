@@ -31,7 +31,7 @@ from metaopt.meta.checkpoint import load_checkpoint, save_checkpoint
 from metaopt.resolve import resolve_rule
 from metaopt.rule import Context, Params, UpdateRule, infer_info
 from metaopt.tune import METHODS, Hypers, Inner, hypergradient, tolerances
-from metaopt.tune.hypergradient import diagnosed
+from metaopt.tune.hypergradient import stationarity
 from metaopt.tune.problem import BilevelProblem
 
 CHECKPOINT_FILE, CONFIG_FILE, RESULT_FILE, HYPERS_FILE = "checkpoint.pt", "config.json", "result.json", "hypers.pt"
@@ -275,9 +275,13 @@ class _Loop:
 
     def _solved(self, inner: Inner, tolerance: float) -> Inner:
         """No run from a solution of the inner problem: what is left is to differentiate it."""
+        if inner.loss is None:
+            raise ValueError(
+                "a tolerance needs an inner problem with a loss, whose gradient shall vanish; leave it out"
+            )
         state = inner.start(self.hypers)
         for _ in range(self.config.most_runs):
-            if stationarity(inner, state, self.hypers) <= tolerance:
+            if stationarity(inner, inner.params(state), self.hypers) <= tolerance:
                 break
             state = run(_from_state(inner, state), self.hypers)
         return dataclasses.replace(_from_state(inner, state), steps=0)
@@ -293,17 +297,6 @@ def run(inner: Inner, hypers: Hypers) -> Any:
     with torch.no_grad():
         state = inner.start(hypers)
         return inner.advance(state, hypers, 0, inner.steps)
-
-
-def stationarity(inner: Inner, state: Any, hypers: Hypers) -> float:
-    """Norm of the inner loss's gradient at a state.
-
-    Raises:
-        ValueError: the inner problem has no loss.
-    """
-    if inner.loss is None:
-        raise ValueError("a tolerance needs an inner problem with a loss, whose gradient shall vanish; leave it out")
-    return float(diagnosed(inner, inner.params(state), hypers)["stationarity"])
 
 
 def _from_state(inner: Inner, state: Any) -> Inner:

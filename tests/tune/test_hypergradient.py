@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from closed_forms import PROBLEMS, draws
 from torch import Tensor
 
 from metaopt import registry
-from metaopt.rule import Params, PerParameter, UpdateRule
+from metaopt.rule import Params, PerParameter, State, UpdateRule
 from metaopt.tune import METHODS, Hypers, Inner, MissingGradient, hypergradient, plan, tolerances
 from metaopt_classic.adam import Adam
 from metaopt_classic.sgd import SGD
@@ -400,3 +401,26 @@ def test_runs_of_registered_tasks(method: str) -> None:
         for d in (1e-3, -1e-3)
     )
     assert float(result.grads["lr"]) == pytest.approx(float(higher - lower) / 2e-3, rel=0.02)
+
+
+def test_stationarity_is_computed_when_it_is_read_and_of_what_was_then() -> None:
+    """It takes a pass over all data, and an optimizer may have moved params and hypers in place by the time it is read."""
+    calls = []
+
+    def loss(p: Params, h: Hypers) -> Tensor:
+        calls.append(0)
+        return ((p["w"] - h["l"]) ** 2).sum() / 2
+
+    def step(state: State, h: Hypers, t: int) -> State:
+        return {"params": {"w": state["params"]["w"] - 0.5 * (state["params"]["w"] - h["l"])}}
+
+    inner = Inner(lambda h: {"params": {"w": torch.zeros(3)}}, step, 2, lambda state: state["params"], loss)
+    hypers = {"l": torch.tensor([1.0, -2.0, 2.0])}
+    found = hypergradient(inner, lambda p, h: (p["w"] ** 2).sum(), hypers, "unroll")
+    assert not calls and set(found.diagnostics) == {"method", "stationarity"} and len(found.diagnostics) == 2
+    hypers["l"].zero_()
+    found.params["w"].zero_()
+    stored = pickle.loads(pickle.dumps(found.diagnostics))
+    assert "stationarity" in repr(found.diagnostics) and dict(stored) == dict(found.diagnostics)
+    assert float(found.diagnostics["stationarity"]) == 0.75, "w is 3/4 l by then, the norm of l is 3"
+    assert len(calls) == 1, "however often it is read"
