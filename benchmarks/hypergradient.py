@@ -2,26 +2,31 @@
 
     python benchmarks/hypergradient.py [--rounds 3] [--only agreement cleaning ridge growth] [--out FILE.json]
 
-One thread, processor time, methods interleaved round by round, each round in another order. Seconds are the minimum; ratios
-to the raw unroll are the median of those within a round, which other load on the machine moves least. Memory is the peak of
-what tensors hold above what was there before, counted operation by operation in a run of its own. Problems: data
-hyper-cleaning (softmax regression, 5,000 x 784 samples with a weight each, 2,000 for validation, T = 100 steps on all of
-them) and ridge regression with 1,000 penalties (2,000 x 1,000, T = 100). ``growth`` is a small problem at T = 100 to 10,000;
-``agreement`` a ridge regression whose hypergradient has a formula. Peers, where installed: TorchOpt, higher, Betty, hypergrad.
+One thread, processor time, methods interleaved round by round, each round in another order by chance. Seconds are the minimum;
+ratios to the raw unroll are the median of those within a round, which other load on the machine moves least, with an interval
+of 95 % (from six rounds on; below, all there is). Memory is the peak of what tensors hold above what was there before, counted
+operation by operation in a run of its own. Problems: data hyper-cleaning (softmax regression, 5,000 x 784 samples with a weight
+each, 2,000 for validation, T = 100 steps on all of them) and ridge regression with 1,000 penalties (2,000 x 1,000, T = 100).
+``growth`` is a small problem at T = 100 to 10,000; ``agreement`` a ridge regression whose hypergradient has a formula. Peers,
+where installed: TorchOpt, higher, Betty, hypergrad.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
+import itertools
 import json
 import logging
+import math
 import os
+import random
 import statistics
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -312,25 +317,38 @@ def peak(run: Callable[[], object]) -> int | None:
     return counted.peak
 
 
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """Between the k-th smallest and the k-th largest, k as large as 95 % allow: whatever the distribution is."""
+    below = itertools.accumulate(math.comb(len(values), k) / 2 ** len(values) for k in range(len(values)))
+    k = max(sum(chance <= 0.025 for chance in below) - 1, 0)
+    ordered = sorted(values)
+    return ordered[k], ordered[-1 - k]
+
+
 def compare(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     """Processor seconds, their ratio to the raw unroll's, peak bytes, and agreement with the raw unroll, of every contender."""
     found = contenders()
     seconds: dict[str, list[float]] = {name: [] for name in found}
     results = {}
-    order = list(found)
+    order, chance = list(found), random.Random(0)
+    gc.disable()  # as timeit does: or one pays for what others leave
     for _ in range(rounds):
+        chance.shuffle(order)  # else each would always follow the same one, which leaves caches as it does
         for name in order:
             began = time.process_time()
             results[name] = found[name](problem)
             seconds[name].append(time.process_time() - began)
-        order.append(order.pop(0))
+        gc.collect()
+    gc.enable()
     expected, reference = results["raw autograd unroll"], seconds["raw autograd unroll"]
     rows = []
     for name, run in found.items():
+        ratios = [own / raw for own, raw in zip(seconds[name], reference, strict=True)]
         row = {
             "method": name,
             "seconds": min(seconds[name]),
-            "of_raw": statistics.median(own / raw for own, raw in zip(seconds[name], reference, strict=True)),
+            "of_raw": statistics.median(ratios),
+            "of_raw_interval": interval_of_median(ratios),
             "bytes": peak(lambda run=run: run(problem)),
         }
         if results[name].shape == expected.shape:
@@ -399,7 +417,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         raw_row = next(row for row in results[part] if row["method"] == "raw autograd unroll")
         for row in results[part]:
             lines.append(
-                f"| {row['method']} | {row['seconds']:.3g} | {row['of_raw']:.2f} "
+                f"| {row['method']} | {row['seconds']:.3g} | {_ratio(row)} "
                 f"| {_megabytes(row, 2)} | {_share(row, raw_row, 2)} |"
             )
         measured[part] = "\n".join(lines)
@@ -408,6 +426,11 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     for row in results["growth"]:
         grown.append(f"| {row['steps']:,} | {' | '.join(f'{row[name] / 1e3:,.0f}' for name in names)} |")
     return {"agreement": "\n".join(agreed), **measured, "growth": "\n".join(grown)}
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["of_raw_interval"]
+    return f"{row['of_raw']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _megabytes(row: dict[str, Any], digits: int) -> str:
@@ -423,7 +446,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table("", "CPU s", "of raw", "peak MB", "of raw", "error to raw", "cosine", title=title)
     for row in rows:
         table.add_row(
-            row["method"], f"{row['seconds']:.3f}", f"{row['of_raw']:.2f}",
+            row["method"], f"{row['seconds']:.3f}", _ratio(row),
             _megabytes(row, 2), _share(row, reference, 3),
             f"{row['error']:.1e}" if "error" in row else "", f"{row['cosine']:.3f}" if "cosine" in row else "",
         )  # fmt: skip

@@ -405,7 +405,8 @@ class ElementwiseRule(TensorRule):
             done = torch.stack([ctx.updates_of(state[name]) for name in params]).max()
             dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
             return self._update_together(grads, state, params, hp, done, dtype)
-        if ctx.step is None or len(dtypes) != 1 or self._by_hand or isinstance(hp, PerParameter):
+        # isinstance would ask an abstract class, on the hot path
+        if ctx.step is None or len(dtypes) != 1 or self._by_hand or type(hp) is PerParameter:
             return super().update(grads, state, params, hp, ctx)
         dtype = compute_dtype(*dtypes)
         if reach != "element" or len(params) == 1:
@@ -420,7 +421,7 @@ class ElementwiseRule(TensorRule):
             for name in params
         }
 
-    @property
+    @cached_property
     def _by_hand(self) -> bool:
         """Whether a subclass has written `update_tensor` itself."""
         return type(self).update_tensor is not ElementwiseRule.update_tensor

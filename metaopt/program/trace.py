@@ -393,12 +393,15 @@ class _LocalNames:
                     self.found.setdefault(value._name, name)
 
     def __enter__(self) -> _LocalNames:
-        self._previous = sys.getprofile()
+        self._previous: Any = sys.getprofile()
         sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        sys.setprofile(self._previous)
+        if hasattr(self._previous, "enable"):  # of cProfile, whose profiler is no function
+            self._previous.enable()
+        else:
+            sys.setprofile(self._previous)
 
 
 def without_dead(program: Program) -> Program:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.func import grad_and_value
 
 from metaopt import tree
@@ -233,7 +234,12 @@ def _by_autograd(
     value, buffers = loss(inputs, *args)
     if value.dim():
         raise ValueError(f"the inner loss must be a scalar, got shape {tuple(value.shape)}; take its mean or sum")
-    found = torch.autograd.grad(value, list(inputs.values()), create_graph=again, allow_unused=True)
+    if not inputs:
+        return value, {}, buffers, False
+    # torch.autograd.grad without its look at the arguments, which takes 2 % of a step of half a millisecond
+    found = _engine_run_backward(
+        (value,), (torch.ones_like(value),), again, again, tuple(inputs.values()), True, accumulate_grad=False
+    )
     grads, constant = {}, False
     for (name, leaf), grad in zip(inputs.items(), found, strict=True):
         if grad is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,15 @@ def test_scalar_arithmetic_is_hoisted_out_of_the_kernel_and_names_are_kept() -> 
     assert [s.target for s in program.prelude] == ["one_minus_beta1"]
     assert program.coefficients == ("lr", "beta1", "one_minus_beta1")
     assert "new_memory = beta1 * memory + one_minus_beta1 * grad" in python_source(program)
+
+
+def test_a_profiler_goes_on_after_a_trace() -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    trace(Base())
+    len(python_source(trace(Base())))
+    profiler.disable()
+    assert "python_source" in {name for _, _, name in pstats.Stats(profiler).stats}  # type: ignore[attr-defined]
 
 
 def test_options_shape_the_program_and_hyperparameters_do_not() -> None:

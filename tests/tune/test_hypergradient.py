@@ -156,6 +156,12 @@ def test_no_steps_leave_the_start_and_the_direct_term(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", OF_THE_RUN)
+def test_no_parameters_leave_the_direct_term(method: str) -> None:
+    inner = Inner.of_rule(lambda p, h, _: h["a"] ** 2, SGD(lr=0.1), {}, 3)
+    assert float(gradient_of(inner, lambda p, h: h["a"] ** 2, {"a": torch.tensor(2.0)}, method)["a"]) == 4.0
+
+
+@pytest.mark.parametrize("method", OF_THE_RUN)
 def test_initial_parameters_may_be_hypers(method: str) -> None:
     """MAML on a quadratic: w' = (1 - lr) w_0, F = w'^2 / 2."""
     inner = Inner.of_rule(lambda p, h, _: p["w"] ** 2 / 2, SGD(lr=0.1), lambda h: {"w": h["start"]}, 1)
