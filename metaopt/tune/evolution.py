@@ -11,8 +11,8 @@ from metaopt.random import normal
 from metaopt.rule import State
 from metaopt.space import hyper, option
 from metaopt.tune.derivatives import flattened
-from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, scalar
-from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
+from metaopt.tune.inner import Hypers, Inner, scalar
 
 
 class Evolution(Method):

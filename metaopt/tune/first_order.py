@@ -11,8 +11,8 @@ from metaopt import tree
 from metaopt.rule import Params, State
 from metaopt.space import hyper, option
 from metaopt.tune.derivatives import add, norm, vjp
-from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, inner_gradients, scalar
-from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, inner_gradients
+from metaopt.tune.inner import Hypers, Inner, scalar
 from metaopt.tune.inverse import refuse_optimizer_hypers
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from metaopt.rule import State
 from metaopt.space import option
 from metaopt.tune.derivatives import flattened
-from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, scalar
-from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
+from metaopt.tune.inner import Hypers, Inner, scalar
 
 
 class Forward(Method):
@@ -42,7 +42,7 @@ class Forward(Method):
         units = torch.eye(len(point), dtype=point.dtype, device=point.device)
         with torch.enable_grad():  # nothing is recorded, but square roots then have a derivative at zero
             slopes = torch.vmap(slope, chunk_size=self.chunk)(units)
-        return Hypergradient(value, put_back(slopes), inner.params(state), state)
+        return Hypergradient(value, put_back(slopes.detach()), inner.params(state), state)
 
     def cost(self, facts: Facts) -> Cost:
         """A run, and one with two times the arithmetic per hyper."""

@@ -228,10 +228,3 @@ def inner_gradients(inner: Inner, params: Params, hypers: Hypers) -> Params:
     loss = inner.loss
     assert loss is not None
     return value_and_gradients(lambda p: (loss(p, hypers), {}), params)[1]
-
-
-def scalar(value: Tensor) -> Tensor:
-    """The outer value, refused if it is none."""
-    if value.dim():
-        raise ValueError(f"outer must return a scalar, got shape {tuple(value.shape)}; take its mean or sum")
-    return value

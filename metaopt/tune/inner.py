@@ -97,7 +97,8 @@ class Inner:
             return loss(p, hypers, full_batch if batches is None else batches(t)), buffers
 
         whole = None if batches is not None and full_batch is None else lambda p, hypers: loss(p, hypers, full_batch)
-        start = params if callable(params) else lambda hypers: params
+        fixed = {} if callable(params) else tree.detach(params)  # a model's own would have whole runs recorded
+        start = params if callable(params) else lambda hypers: fixed
         return _of_rule(training_loss, resolve_rule(rule), start, lambda: {}, None, steps, hp, whole)
 
     @classmethod
@@ -194,6 +195,15 @@ def _of_rule(
     )  # fmt: skip
 
 
+def scalar(value: Any, what: str = "the outer objective") -> Tensor:
+    """The value of an objective, refused if it is no scalar."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor of one number, got {type(value).__name__} {value!r}")
+    if value.dim():
+        raise ValueError(f"{what} must be a scalar, got shape {tuple(value.shape)}; take its mean or sum")
+    return value
+
+
 def _require_count(steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
@@ -208,7 +218,8 @@ def value_and_gradients(
     latter inside its transforms, where nothing else works.
 
     Raises:
-        ValueError: the loss is no scalar.
+        ValueError: the loss is no scalar, or has no gradient.
+        TypeError: it is no tensor.
         MissingGradient: where gradients are recorded, they depend on the parameters and have no derivatives.
     """
     if torch._C._are_functorch_transforms_active():
@@ -232,10 +243,14 @@ def _by_autograd(
     """And whether ``again`` was asked for in vain: a gradient is not recorded."""
     inputs = {name: p if again and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
     value, buffers = loss(inputs, *args)
-    if value.dim():
-        raise ValueError(f"the inner loss must be a scalar, got shape {tuple(value.shape)}; take its mean or sum")
+    scalar(value, "the inner loss")
     if not inputs:
         return value, {}, buffers, False
+    if not value.requires_grad:
+        raise ValueError(
+            "the inner loss has no gradient: it must depend on the parameters, by operations that are recorded (no detach(), "
+            "item(), no_grad() or inference_mode() in between)"
+        )
     # torch.autograd.grad without its look at the arguments, which takes 2 % of a step of half a millisecond
     found = _engine_run_backward(
         (value,), (torch.ones_like(value),), again, again, tuple(inputs.values()), True, accumulate_grad=False

@@ -18,8 +18,8 @@ from metaopt.random import uniform
 from metaopt.rule import Params, State
 from metaopt.space import hyper, option
 from metaopt.tune.derivatives import add, depends, flattened, floating, norm, relative, transformed, vjp, zeros
-from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, inner_gradients, scalar
-from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, inner_gradients
+from metaopt.tune.inner import Hypers, Inner, scalar
 from metaopt.tune.linear_solve import Product, conjugate_gradient, largest_eigenvalue, neumann_series
 
 

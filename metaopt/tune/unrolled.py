@@ -18,8 +18,8 @@ from metaopt.rule import State
 from metaopt.space import option
 from metaopt.tree import Tree
 from metaopt.tune.derivatives import add, norm, vjp
-from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, scalar
-from metaopt.tune.inner import Hypers, Inner
+from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
+from metaopt.tune.inner import Hypers, Inner, scalar
 
 
 class Unroll(Method):

@@ -278,10 +278,14 @@ def test_what_is_refused_at_the_door() -> None:
         hypergradient(inner, outer, hypers, "unrol")
     with pytest.raises(ValueError, match=r"floating-point tensors, got torch\.int64"):
         hypergradient(inner, outer, {"n": torch.tensor(3)}, "unroll")
-    with pytest.raises(ValueError, match=r"outer must return a scalar, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"the outer objective must be a scalar, got shape \(4,\)"):
         hypergradient(inner, lambda p, h: p["out"], hypers, "unroll")
     with pytest.raises(ValueError, match=r"the inner loss must be a scalar, got shape \(4,\)"):
         hypergradient(Inner.of_rule(lambda p, h, _: p["out"], SGD(), params, 2), outer, hypers, "unroll")
+    with pytest.raises(TypeError, match=r"the inner loss must be a tensor of one number, got float 1\.0"):
+        hypergradient(Inner.of_rule(lambda p, h, _: 1.0, SGD(), params, 2), outer, hypers, "unroll")  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match=r"the outer objective must be a tensor of one number, got float 2\.0"):
+        hypergradient(inner, lambda p, h: 2.0, hypers, "unroll")  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="differentiates the inner loss of all data"):
         hypergradient(inner, outer, hypers, "cg")
     with pytest.raises(TypeError, match="SGD has no hyperparameter 'rate'"):
@@ -290,6 +294,26 @@ def test_what_is_refused_at_the_door() -> None:
         Inner.of_rule(loss, SGD(), params, -1)
     with pytest.raises(ValueError, match=r"hypers\['lr'\] must be one number or one per step \[2\]"):
         hypergradient(Inner.of_rule(loss, SGD(), params, 2, hp=["lr"]), outer, hypers | {"lr": torch.ones(3)}, "unroll")
+
+
+@pytest.mark.parametrize("loss", [lambda p, h, _: h["a"] ** 2, lambda p, h, _: (p["w"].detach() * h["a"]) ** 2])
+def test_a_training_loss_without_gradient_is_refused(loss: Any) -> None:
+    inner = Inner.of_rule(loss, SGD(), {"w": torch.tensor(1.0)}, 2)
+    with pytest.raises(ValueError, match="the inner loss has no gradient: it must depend on the parameters"):
+        hypergradient(inner, lambda p, h: p["w"] ** 2, {"a": torch.tensor(1.0)}, "unroll")
+
+
+@pytest.mark.parametrize("start", [lambda own: own, lambda own: lambda hypers: own], ids=["given", "function"])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_of_a_model_leave_no_graph_behind(method: str, start: Any) -> None:
+    own = {"w": torch.tensor([1.0, 2.0], requires_grad=True)}
+    inner = Inner.of_rule(
+        lambda p, h, _: ((p["w"] - 1) ** 2).sum() + (h["a"].exp() * p["w"] ** 2).sum(), SGD(lr=0.1), start(own), 3
+    )
+    found = hypergradient(inner, lambda p, h: (p["w"] ** 2).sum(), {"a": torch.zeros(2)}, method)
+    for part in (found.grads, found.params, found.state["params"], {"value": found.value}):
+        assert not any(leaf.requires_grad for leaf in part.values())
+    assert own["w"].grad is None
 
 
 def test_rates_per_parameter() -> None:
