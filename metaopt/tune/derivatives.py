@@ -115,7 +115,8 @@ def vjp(
         has_aux: see ``function``.
         second_order: whether ``function`` takes gradients itself. Such gradients can get lost (a compiled function has no
             second derivatives), so an input without a derivative is held for unused only if the value does not change, bit for
-            bit, when the input does. Plain functions lose none.
+            bit, when the input does. Plain functions lose none, or all: without, this is asked where nothing of the first input
+            has a derivative.
         proven: inputs that have been shown to be unused; the pullback adds to it.
         repeated: whether the pullback may be called more than once.
 
@@ -125,14 +126,24 @@ def vjp(
     Raises:
         MissingGradient: by the pullback: an input has no derivative and is not unused.
     """
-    if transformed():
-        return _functional_vjp(function, inputs, has_aux)
+    known = set() if proven is None else proven
+
+    def settle(grads: Sequence[Tensor | None], first: int) -> None:
+        """Refuse what is missing, unless it is proven to be unused."""
+        missing = {path for path, grad in zip(_paths(taken, names), grads, strict=True) if grad is None} - known
+        if missing and (second_order or not any(grad is not None for grad in grads[:first])):
+            used = depends(function, inputs, names, missing, has_aux)
+            if used:
+                raise MissingGradient(min(used))
+        known.update(missing)
+
     taken = [floating(given) for given in inputs]
+    if transformed():
+        return _functional_vjp(function, inputs, has_aux, settle)
     with torch.enable_grad():
         leaves = [tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), part) for part in taken]
         result = function(*map(filled, inputs, leaves))
     value = result[0] if has_aux else result
-    known = set() if proven is None else proven
 
     def pull(cotangent: Tree) -> tuple[Tree, ...]:
         flat = [leaf for part in leaves for leaf in tree.leaves(part)]
@@ -142,12 +153,7 @@ def vjp(
         if recorded and flat:
             outputs, bars = zip(*recorded, strict=True)
             found = torch.autograd.grad(outputs, flat, bars, retain_graph=repeated, allow_unused=True)
-        missing = {path for path, grad in zip(_paths(leaves, names), found, strict=True) if grad is None} - known
-        if second_order and missing:
-            used = depends(function, inputs, names, missing, has_aux)
-            if used:
-                raise MissingGradient(min(used))
-        known.update(missing)
+        settle(found, len(list(tree.leaves(leaves[0]))))
         grads = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(flat, found, strict=True)])
         return tuple(tree.map_tree(lambda _: next(grads), part) for part in leaves)
 
@@ -158,15 +164,57 @@ def _detached_pair(result: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
     return tree.detach(result[0]), tree.detach(result[1])
 
 
-def _functional_vjp(function: Callable[..., Any], inputs: tuple[Tree, ...], has_aux: bool) -> tuple[Any, Pull]:
-    def of_leaves(*leaves: Tree) -> Any:
-        result = function(*map(filled, inputs, leaves))
+def _functional_vjp(
+    function: Callable[..., Any], inputs: tuple[Tree, ...], has_aux: bool,
+    settle: Callable[[Sequence[Tensor | None], int], None],
+) -> tuple[Any, Pull]:  # fmt: skip
+    parts = [floating(given) for given in inputs]
+    flat = [leaf for part in parts for leaf in tree.leaves(part)]
+
+    def of_leaves(leaves: Sequence[Tensor]) -> Any:
+        rest = iter(leaves)
+        result = function(*map(filled, inputs, [tree.map_tree(lambda _: next(rest), part) for part in parts]))
         value, aux = result if has_aux else (result, {})
         return floating(value), (value, aux)
 
-    found: Any = torch.func.vjp(of_leaves, *map(floating, inputs), has_aux=True)
+    def recorded(i: int) -> bool:
+        """Whether the value's graph knows leaf i: `torch.func` gives zeros where it does not."""
+        seen: list[bool] = []
+
+        def of_leaf(leaf: Tensor) -> Tree:
+            value = of_leaves([*flat[:i], leaf, *flat[i + 1 :]])[0]
+            seen.extend(out.requires_grad for out in tree.leaves(value))
+            return value
+
+        torch.func.vjp(of_leaf, flat[i])
+        return any(seen)
+
+    found: Any = torch.func.vjp(of_leaves, flat, has_aux=True)
     _, pull, (value, aux) = found
-    return ((value, aux) if has_aux else value), pull
+
+    def checked(cotangent: Tree) -> tuple[Tree, ...]:
+        (grads,) = pull(cotangent)
+        zero = vanish(grads)
+        settle(
+            [None if zero[i] and not recorded(i) else grad for i, grad in enumerate(grads)],
+            len(list(tree.leaves(parts[0]))),
+        )
+        rest = iter(grads)
+        return tuple(tree.map_tree(lambda _: next(rest), part) for part in parts)
+
+    return ((value, aux) if has_aux else value), checked
+
+
+def vanish(given: Sequence[Tensor]) -> list[bool]:
+    """Which of the tensors are zero everywhere, in all copies that transforms of `torch.func` hold."""
+    return torch.stack([~_bare(leaf).any() for leaf in given]).tolist() if given else []
+
+
+def _bare(given: Tensor) -> Tensor:
+    """What the wrappers of `torch.func` wrap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(given):
+        given = torch._C._functorch.get_unwrapped(given)
+    return given
 
 
 def _paths(leaves: Sequence[Tree], names: Sequence[str]) -> list[str]:
@@ -185,7 +233,7 @@ def depends(
         rest = iter(flat)
         moved = [tree.map_tree(lambda _: next(rest), part) for part in parts]
         result = function(*map(filled, inputs, moved))
-        return [leaf.nan_to_num() for leaf in tree.leaves(floating(result[0] if has_aux else result))]
+        return [_bare(leaf.nan_to_num()) for leaf in tree.leaves(floating(result[0] if has_aux else result))]
 
     found = set()
     with torch.no_grad():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from metaopt import tree
 from metaopt.rule import State
 from metaopt.space import option
-from metaopt.tune.derivatives import flattened
+from metaopt.tune.derivatives import MissingGradient, depends, flattened, like, paths, vanish
 from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
 from metaopt.tune.inner import Hypers, Inner, scalar
 
@@ -30,19 +33,42 @@ class Forward(Method):
         """Push the unit vectors of the hypers through the run."""
         point, put_back = flattened(hypers)
 
-        def whole(flat: Tensor) -> tuple[Tensor, State]:
-            h = put_back(flat)
+        def whole(h: Hypers) -> tuple[Tensor, State]:
             state = inner.advance(inner.start(h), h, 0, inner.steps)
             return scalar(outer(inner.params(state), h)), state
 
         def slope(direction: Tensor) -> Tensor:
-            return torch.func.jvp(lambda flat: whole(flat)[0], (point,), (direction,))[1]
+            return torch.func.jvp(lambda flat: whole(put_back(flat))[0], (point,), (direction,))[1]
 
-        value, state = whole(point)
+        value, state = whole(hypers)
         units = torch.eye(len(point), dtype=point.dtype, device=point.device)
         with torch.enable_grad():  # nothing is recorded, but square roots then have a derivative at zero
             slopes = torch.vmap(slope, chunk_size=self.chunk)(units)
-        return Hypergradient(value, put_back(slopes.detach()), inner.params(state), state)
+        grads = put_back(slopes.detach())
+        self._refuse_missing(lambda h: whole(h)[0], hypers, grads)
+        return Hypergradient(value, grads, inner.params(state), state)
+
+    def _refuse_missing(self, run: Callable[[Hypers], Tensor], hypers: Hypers, grads: Hypers) -> None:
+        """Refuse hypers whose tangents get lost on the way: zeros, where the run depends on them."""
+        flat, names = list(tree.leaves(hypers)), paths(hypers, "hypers")
+
+        def lost(i: int) -> bool:
+            seen = []
+
+            def of_leaf(leaf: Tensor) -> Tensor:
+                value = run(like(hypers, [*flat[:i], leaf, *flat[i + 1 :]]))
+                seen.append(forward_ad.unpack_dual(value, level=0).tangent)
+                return value
+
+            with torch.enable_grad():
+                torch.func.jvp(of_leaf, (flat[i],), (torch.ones_like(flat[i]),))
+            return seen == [None]
+
+        zero = vanish(list(tree.leaves(grads)))
+        missing = {name for i, name in enumerate(names) if zero[i] and lost(i)}
+        used = depends(run, [hypers], ["hypers"], missing) if missing else set()
+        if used:
+            raise MissingGradient(min(used))
 
     def cost(self, facts: Facts) -> Cost:
         """A run, and one with two times the arithmetic per hyper."""

@@ -223,18 +223,43 @@ def value_and_gradients(
         MissingGradient: where gradients are recorded, they depend on the parameters and have no derivatives.
     """
     if torch._C._are_functorch_transforms_active():
-        grads, (value, buffers) = grad_and_value(lambda p: loss(p, *args), has_aux=True)(params)
-        return value, grads, buffers
-    if not torch.is_grad_enabled():
+        value, grads, buffers, constant = _by_transform(loss, params, args)
+    elif not torch.is_grad_enabled():
         with torch.enable_grad():
             value, grads, buffers, _ = _by_autograd(loss, params, args, again=False)
         return value.detach(), grads, tree.detach(buffers) if buffers else {}
-    value, grads, buffers, constant = _by_autograd(loss, params, args, again=True)
+    else:
+        value, grads, buffers, constant = _by_autograd(loss, params, args, again=True)
     if constant:  # or cut off from what it is made of
         used = depends(lambda p: value_and_gradients(loss, p, *args)[1], [tree.detach(params)], ["params"])
         if used:
             raise MissingGradient(min(used))
     return value, grads, buffers
+
+
+def _by_transform(
+    loss: Callable[..., tuple[Tensor, Params]], params: Params, args: tuple[Any, ...]
+) -> tuple[Tensor, Params, Params, bool]:
+    """As `_by_autograd`; whether gradients are recorded shows in the parameters, which a transform has wrapped."""
+
+    def recorded(inputs: Params) -> tuple[Tensor, Params]:
+        value, buffers = loss(inputs, *args)
+        if inputs:
+            _require_gradient(value)
+        return value, buffers
+
+    grads, (value, buffers) = grad_and_value(recorded, has_aux=True)(params)
+    again = [name for name, p in params.items() if torch._C._functorch.is_gradtrackingtensor(p) and p.requires_grad]
+    constant = torch.is_grad_enabled() and not all(grads[name].requires_grad for name in again)
+    return value, grads, buffers, constant
+
+
+def _require_gradient(value: Any) -> None:
+    if not scalar(value, "the inner loss").requires_grad:
+        raise ValueError(
+            "the inner loss has no gradient: it must depend on the parameters, by operations that are recorded (no detach(), "
+            "item(), no_grad() or inference_mode() in between)"
+        )
 
 
 def _by_autograd(
@@ -243,14 +268,9 @@ def _by_autograd(
     """And whether ``again`` was asked for in vain: a gradient is not recorded."""
     inputs = {name: p if again and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
     value, buffers = loss(inputs, *args)
-    scalar(value, "the inner loss")
     if not inputs:
-        return value, {}, buffers, False
-    if not value.requires_grad:
-        raise ValueError(
-            "the inner loss has no gradient: it must depend on the parameters, by operations that are recorded (no detach(), "
-            "item(), no_grad() or inference_mode() in between)"
-        )
+        return scalar(value, "the inner loss"), {}, buffers, False
+    _require_gradient(value)
     # torch.autograd.grad without its look at the arguments, which takes 2 % of a step of half a millisecond
     found = _engine_run_backward(
         (value,), (torch.ones_like(value),), again, again, tuple(inputs.values()), True, accumulate_grad=False

@@ -192,10 +192,15 @@ def test_a_solver_that_stops_at_its_tolerance_says_so() -> None:
 class _OnceDifferentiable(torch.autograd.Function):
     """The sum of scale w^2, whose gradient is a constant to autograd, as that of a compiled function can be."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(w, scale)
+    def forward(w: Tensor, scale: Tensor) -> Tensor:
         return (w**2 * scale).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,24 +208,35 @@ class _OnceDifferentiable(torch.autograd.Function):
         return 2 * w * scale * bar.detach(), w**2 * bar.detach()
 
 
+@pytest.mark.parametrize("vmapped", [False, True])
 @pytest.mark.parametrize(
-    "method", ["unroll", "checkpoint", "replay", "truncated", "cg", "neumann", "identity", "nystrom"]
+    "method", ["unroll", "checkpoint", "replay", "truncated", "cg", "neumann", "identity", "nystrom", "fixed_point"]
 )
-def test_a_missing_gradient_is_refused_and_never_zero(method: str) -> None:
+def test_a_missing_gradient_is_refused_and_never_zero(method: str, vmapped: bool) -> None:
     inner = Inner.of_rule(
         lambda p, h, _: _OnceDifferentiable.apply(p["w"], h["l"]), SGD(lr=0.1), {"w": torch.ones(2)}, 3
     )
+
+    def run(scale: Tensor) -> Tensor:
+        return gradient_of(inner, lambda p, h: p["w"].sum(), {"l": scale}, method)["l"]
+
     with pytest.raises(MissingGradient, match=r"depends on .* but has no derivative"):
-        hypergradient(inner, lambda p, h: p["w"].sum(), {"l": torch.ones(2)}, method)
+        _ = torch.vmap(run)(torch.ones(2, 2)) if vmapped else run(torch.ones(2))
 
 
-def test_a_hessian_that_got_lost_is_refused_though_the_step_has_derivatives() -> None:
+@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("method", ["unroll", "checkpoint", "replay"])
+def test_a_hessian_that_got_lost_is_refused_though_the_step_has_derivatives(method: str, vmapped: bool) -> None:
     """The step's derivative in w is then the identity, less nothing: wrong, and finite."""
     inner = Inner.of_rule(
         lambda p, h, _: _OnceDifferentiable.apply(p["w"], torch.ones(2)), SGD(), {"w": torch.ones(2)}, 3, hp=["lr"]
     )
+
+    def run(lr: Tensor) -> Tensor:
+        return gradient_of(inner, lambda p, h: p["w"].sum(), {"lr": lr}, method)["lr"]
+
     with pytest.raises(MissingGradient, match=r"params\['w'\]"):
-        hypergradient(inner, lambda p, h: p["w"].sum(), {"lr": torch.tensor(0.1)}, "unroll")
+        _ = torch.vmap(run)(torch.full((2,), 0.1)) if vmapped else run(torch.tensor(0.1))
 
 
 @pytest.mark.parametrize("method", ["darts", "sama", "penalty", "es"])
@@ -296,11 +312,63 @@ def test_what_is_refused_at_the_door() -> None:
         hypergradient(Inner.of_rule(loss, SGD(), params, 2, hp=["lr"]), outer, hypers | {"lr": torch.ones(3)}, "unroll")
 
 
-@pytest.mark.parametrize("loss", [lambda p, h, _: h["a"] ** 2, lambda p, h, _: (p["w"].detach() * h["a"]) ** 2])
-def test_a_training_loss_without_gradient_is_refused(loss: Any) -> None:
-    inner = Inner.of_rule(loss, SGD(), {"w": torch.tensor(1.0)}, 2)
-    with pytest.raises(ValueError, match="the inner loss has no gradient: it must depend on the parameters"):
-        hypergradient(inner, lambda p, h: p["w"] ** 2, {"a": torch.tensor(1.0)}, "unroll")
+def _fit(p: Params, h: Hypers, _: Any) -> Tensor:
+    return ((p["w"] - 1) ** 2).sum() + (h["a"] * p["w"] ** 2).sum()
+
+
+def _size(p: Params, h: Hypers) -> Tensor:
+    return (p["w"] ** 2).sum()
+
+
+LOST: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "all of the inner loss": (
+        lambda p, h, _: (p["w"].detach() * h["a"]).sum(), _size, ValueError, "the inner loss has no gradient"
+    ),
+    "the hypers": (lambda p, h, _: _fit(p, {"a": h["a"].detach()}, _), _size, MissingGradient, "has no derivative"),
+    "the outer objective": (_fit, lambda p, h: _size({"w": p["w"].detach()}, h), MissingGradient, "has no derivative"),
+    "the path of the learning rate": (
+        _fit, _size, ValueError, r"hypers\['lr'\] acts on the steps but not on the inner loss"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("what", LOST)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lost_gradient_is_refused(method: str, what: str, vmapped: bool) -> None:
+    """Under vmap, where `torch.func` gives zeros for it, as without."""
+    loss, outer, error, message = LOST[what]
+    rates = what == "the path of the learning rate"
+    inner = Inner.of_rule(loss, SGD(lr=0.1), {"w": torch.tensor([1.0, 2.0])}, 3, hp=["lr"] if rates else ())
+
+    def run(a: Tensor) -> Hypers:
+        return gradient_of(inner, outer, {"a": a} | ({"lr": a.mean()} if rates else {}), method)
+
+    def answer() -> Hypers:
+        return torch.vmap(run)(torch.full((2, 2), 0.5)) if vmapped else run(torch.full((2,), 0.5))
+
+    if (method == "es" and what != "all of the inner loss") or (
+        rates and method in {*OF_THE_RUN, "truncated", "fixed_point"}
+    ):  # they need none
+        assert all(bool((grad != 0).any()) for grad in answer().values())
+    else:
+        with pytest.raises(error, match=message):
+            answer()
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("method", OF_THE_RUN)
+def test_a_gradient_that_is_zero_is_not_held_for_lost(method: str, vmapped: bool) -> None:
+    inner = Inner.of_rule(lambda p, h, _: ((p["w"] - 1) ** 2).sum(), SGD(lr=0.1), lambda h: {"w": h["w"]}, 2)
+
+    def run(w: Tensor) -> Tensor:
+        return gradient_of(inner, lambda p, h: ((p["w"] - 1) ** 2).sum(), {"w": w}, method)["w"]
+
+    ones = torch.ones(3)
+    assert torch.equal(
+        torch.vmap(run)(ones.expand(2, 3)) if vmapped else run(ones),
+        torch.zeros_like(ones.expand(2, 3) if vmapped else ones),
+    )
 
 
 @pytest.mark.parametrize("start", [lambda own: own, lambda own: lambda hypers: own], ids=["given", "function"])
