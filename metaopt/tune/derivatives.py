@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metaopt import tree
 from metaopt.random import uniform
@@ -104,7 +105,7 @@ def zeros(given: Tree) -> Tree:
 
 def vjp(
     function: Callable[..., Any], *inputs: Tree, names: Sequence[str], has_aux: bool = False, second_order: bool = True,
-    proven: set[str] | None = None, repeated: bool = False,
+    proven: set[str] | None = None, repeated: bool = False, differentiable: bool = False,
 ) -> tuple[Any, Pull]:  # fmt: skip
     """Value of ``function(*inputs)`` and its pullback.
 
@@ -119,9 +120,10 @@ def vjp(
             has a derivative.
         proven: inputs that have been shown to be unused; the pullback adds to it.
         repeated: whether the pullback may be called more than once.
+        differentiable: whether value and pullback themselves are to have derivatives; always so inside transforms.
 
     Returns:
-        The value, detached (a pair with ``has_aux``), and ``cotangent -> cotangents of the inputs``.
+        The value (a pair with ``has_aux``), detached unless ``differentiable``, and ``cotangent -> cotangents of the inputs``.
 
     Raises:
         MissingGradient: by the pullback: an input has no derivative and is not unused.
@@ -138,7 +140,7 @@ def vjp(
         known.update(missing)
 
     taken = [floating(given) for given in inputs]
-    if transformed():
+    if differentiable or transformed():
         return _functional_vjp(function, inputs, has_aux, settle)
     with torch.enable_grad():
         leaves = [tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), part) for part in taken]
@@ -182,8 +184,8 @@ def _functional_vjp(
         seen: list[bool] = []
 
         def of_leaf(leaf: Tensor) -> Tree:
-            value = of_leaves([*flat[:i], leaf, *flat[i + 1 :]])[0]
-            seen.extend(out.requires_grad for out in tree.leaves(value))
+            value, level = of_leaves([*flat[:i], leaf, *flat[i + 1 :]])[0], torch._C._functorch.maybe_get_level
+            seen.extend(out.requires_grad and level(out) == level(leaf) for out in tree.leaves(value))
             return value
 
         torch.func.vjp(of_leaf, flat[i])
@@ -203,6 +205,36 @@ def _functional_vjp(
         return tuple(tree.map_tree(lambda _: next(rest), part) for part in parts)
 
     return ((value, aux) if has_aux else value), checked
+
+
+def refuse_lost_tangents(
+    function: Callable[..., Tree], inputs: Sequence[Tree], names: Sequence[str], among: set[str]
+) -> None:
+    """Refuse what acts on the value while its tangents do not reach it: forward mode gives zeros there.
+
+    Raises:
+        MissingGradient: naming the first of the inputs ``among`` (named as by `vjp`) of which that is so.
+    """
+    parts = [floating(given) for given in inputs]
+    flat = [leaf for part in parts for leaf in tree.leaves(part)]
+
+    def lost(i: int) -> bool:
+        reached: list[bool] = []
+
+        def of_leaf(leaf: Tensor) -> Tree:
+            rest = iter([*flat[:i], leaf, *flat[i + 1 :]])
+            value = floating(function(*map(filled, inputs, [tree.map_tree(lambda _: next(rest), p) for p in parts])))
+            reached.extend(forward_ad.unpack_dual(out, level=0).tangent is not None for out in tree.leaves(value))
+            return value
+
+        with torch.enable_grad():
+            torch.func.jvp(of_leaf, (flat[i],), (torch.ones_like(flat[i]),))
+        return not any(reached)
+
+    missing = {path for i, path in enumerate(_paths(parts, names)) if path in among and lost(i)}
+    used = depends(function, inputs, names, missing) if missing else set()
+    if used:
+        raise MissingGradient(min(used))
 
 
 def vanish(given: Sequence[Tensor]) -> list[bool]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from metaopt import tree
 from metaopt.rule import State
 from metaopt.space import option
-from metaopt.tune.derivatives import MissingGradient, depends, flattened, like, paths, vanish
+from metaopt.tune.derivatives import flattened, paths, refuse_lost_tangents, vanish
 from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
 from metaopt.tune.inner import Hypers, Inner, scalar
 
@@ -45,30 +43,9 @@ class Forward(Method):
         with torch.enable_grad():  # nothing is recorded, but square roots then have a derivative at zero
             slopes = torch.vmap(slope, chunk_size=self.chunk)(units)
         grads = put_back(slopes.detach())
-        self._refuse_missing(lambda h: whole(h)[0], hypers, grads)
+        zero = zip(paths(hypers, "hypers"), vanish(list(tree.leaves(grads))), strict=True)
+        refuse_lost_tangents(lambda h: whole(h)[0], [hypers], ["hypers"], {path for path, is_zero in zero if is_zero})
         return Hypergradient(value, grads, inner.params(state), state)
-
-    def _refuse_missing(self, run: Callable[[Hypers], Tensor], hypers: Hypers, grads: Hypers) -> None:
-        """Refuse hypers whose tangents get lost on the way: zeros, where the run depends on them."""
-        flat, names = list(tree.leaves(hypers)), paths(hypers, "hypers")
-
-        def lost(i: int) -> bool:
-            seen = []
-
-            def of_leaf(leaf: Tensor) -> Tensor:
-                value = run(like(hypers, [*flat[:i], leaf, *flat[i + 1 :]]))
-                seen.append(forward_ad.unpack_dual(value, level=0).tangent)
-                return value
-
-            with torch.enable_grad():
-                torch.func.jvp(of_leaf, (flat[i],), (torch.ones_like(flat[i]),))
-            return seen == [None]
-
-        zero = vanish(list(tree.leaves(grads)))
-        missing = {name for i, name in enumerate(names) if zero[i] and lost(i)}
-        used = depends(run, [hypers], ["hypers"], missing) if missing else set()
-        if used:
-            raise MissingGradient(min(used))
 
     def cost(self, facts: Facts) -> Cost:
         """A run, and one with two times the arithmetic per hyper."""

@@ -6,7 +6,7 @@ After Blondel et al. 2022, "Efficient and modular implicit differentiation" (arX
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,20 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.random import normal
 from metaopt.tree import Tree
-from metaopt.tune.derivatives import add, dot, filled, floating, like, norm, transformed
+from metaopt.tune.derivatives import (
+    Pull,
+    add,
+    dot,
+    filled,
+    floating,
+    like,
+    norm,
+    paths,
+    refuse_lost_tangents,
+    transformed,
+    vanish,
+    vjp,
+)
 from metaopt.tune.linear_solve import conjugate_gradient
 
 Optimality = Callable[..., Tree]
@@ -52,6 +65,7 @@ def implicit(
     Raises:
         ValueError: ``iterations`` < 1; when derivatives are taken outside transforms, a J that is not symmetric where
             ``symmetric`` says so.
+        MissingGradient: when derivatives are taken, and ``optimality`` depends on x or an argument without having one.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
@@ -87,7 +101,7 @@ class _Problem:
                 return self.optimality(x, *(given[name] for name in names))
 
             if transposed or self.symmetric:
-                return _pullback(residual, x)(u)[0]
+                return _pullback(residual, x, names=["x"])(u)[0]
             return torch.func.jvp(residual, (x,), (u,))[1]
 
         def equation(u: Tree, x: Tree, given: dict[str, Tree], right: Tree) -> Tree:
@@ -101,7 +115,7 @@ class _Problem:
                 if not transformed():
                     _require_symmetric(matrix, right)
                 return conjugate_gradient(matrix, right, self.iterations, self.tolerance)[0]
-            adjoint = _pullback(matrix, right)
+            adjoint = _pullback(matrix, right, names=["x"])
             return conjugate_gradient(
                 lambda u: adjoint(matrix(u))[0], adjoint(right)[0], self.iterations, self.tolerance
             )[0]
@@ -133,7 +147,9 @@ class _Solution(torch.autograd.Function):
         problem, x, arguments = _saved(ctx)
         u = problem.linear(x, arguments, like(problem.structure, bars), transposed=True)
         parts = [floating(argument) for argument in arguments]
-        pull = _pullback(lambda *given: problem.optimality(x, *map(filled, arguments, given)), *parts)
+        pull = _pullback(
+            lambda *given: problem.optimality(x, *map(filled, arguments, given)), *parts, names=_names(parts)
+        )
         found = map(_with_gaps, arguments, pull(tree.map_tree(torch.neg, u)))
         return None, *(grad for grads in found for grad in grads)
 
@@ -144,8 +160,17 @@ class _Solution(torch.autograd.Function):
         moves = [torch.zeros_like(leaf) if t is None else t for leaf, t in zip(flat, tangents, strict=True)]
         parts = tuple(floating(argument) for argument in arguments)
         slopes = tuple(floating(argument) for argument in problem.arguments_of(moves))
-        found: Any = torch.func.jvp(lambda *given: problem.optimality(x, *map(filled, arguments, given)), parts, slopes)
+
+        def residual(*given: Tree) -> Tree:
+            return problem.optimality(x, *map(filled, arguments, given))
+
+        found: Any = torch.func.jvp(residual, parts, slopes)
         right = found[1]
+        if all(vanish(list(tree.leaves(right)))):
+            named = [path for part, name in zip(slopes, _names(slopes), strict=True) for path in paths(part, name)]
+            still = vanish([leaf for part in slopes for leaf in tree.leaves(part)])
+            among = {path for path, is_still in zip(named, still, strict=True) if not is_still}
+            refuse_lost_tangents(residual, parts, _names(parts), among)
         return tuple(tree.leaves(problem.linear(x, arguments, tree.map_tree(torch.neg, right), transposed=False)))
 
 
@@ -163,10 +188,12 @@ def _require_symmetric(matrix: Callable[[Tree], Tree], example: Tree) -> None:
         )
 
 
-def _pullback(function: Callable[..., Tree], *inputs: Tree) -> Callable[[Tree], tuple[Tree, ...]]:
-    """By `torch.func`, whose pullbacks are differentiable themselves."""
-    found: Any = torch.func.vjp(function, *inputs)
-    return found[1]
+def _pullback(function: Callable[..., Tree], *inputs: Tree, names: Sequence[str]) -> Pull:
+    return vjp(function, *inputs, names=names, differentiable=True)[1]
+
+
+def _names(arguments: Sequence[Tree]) -> list[str]:
+    return [f"argument {i}" for i in range(len(arguments))]
 
 
 def _saved(ctx: Any) -> tuple[_Problem, Tree, tuple[Tree, ...]]:

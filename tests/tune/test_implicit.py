@@ -10,7 +10,7 @@ from closed_forms import draws
 from torch import Tensor
 
 from metaopt.tree import Tree
-from metaopt.tune import implicit
+from metaopt.tune import MissingGradient, implicit
 
 X, Y = draws(20, 5, seed=1), draws(20, seed=2)
 
@@ -50,6 +50,35 @@ def test_plain_autograd_differentiates_twice() -> None:
         return torch.autograd.grad((grad**2).sum(), at)[0]
 
     torch.testing.assert_close(second(IMPLICIT), second(DIRECT), rtol=1e-9, atol=1e-14)
+
+
+def _backward(solve: Any) -> Tensor:
+    at = torch.ones(2, requires_grad=True)
+    return torch.autograd.grad(solve(at).sum(), at)[0]
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        _backward,
+        lambda solve: torch.func.jvp(solve, (torch.ones(2),), (torch.ones(2),)),
+        lambda solve: torch.vmap(torch.func.grad(lambda a: solve(a).sum()))(torch.ones(3, 2)),
+        lambda solve: torch.vmap(lambda a: torch.func.jvp(solve, (a,), (a,))[1])(torch.ones(3, 2)),
+    ],
+    ids=["backward", "jvp", "vmapped grad", "vmapped jvp"],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_lost_derivative_is_refused(derive: Any, symmetric: bool) -> None:
+    solve = implicit(lambda x, a: x - a.detach() ** 2, lambda a: a**2, symmetric=symmetric)
+    with pytest.raises(MissingGradient, match="the result depends on argument 0 but has no derivative"):
+        derive(solve)
+
+
+def test_an_argument_without_effect_has_derivative_zero() -> None:
+    solve = implicit(lambda x, a, _: x - a**2, lambda a, _: a**2)
+    at = torch.ones(2), torch.ones(2)
+    assert torch.equal(torch.func.grad(lambda b: solve(at[0], b).sum())(at[1]), torch.zeros(2))
+    assert torch.equal(torch.func.jvp(lambda b: solve(at[0], b), (at[1],), (at[1],))[1], torch.zeros(2))
 
 
 def test_vmap_over_problems() -> None:
