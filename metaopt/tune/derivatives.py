@@ -239,10 +239,10 @@ def refuse_lost_tangents(
 
 def vanish(given: Sequence[Tensor]) -> list[bool]:
     """Which of the tensors are zero everywhere, in all copies that transforms of `torch.func` hold."""
-    return torch.stack([~_bare(leaf).any() for leaf in given]).tolist() if given else []
+    return torch.stack([~bare(leaf).any() for leaf in given]).tolist() if given else []
 
 
-def _bare(given: Tensor) -> Tensor:
+def bare(given: Tensor) -> Tensor:
     """What the wrappers of `torch.func` wrap."""
     while torch._C._functorch.is_functorch_wrapped_tensor(given):
         given = torch._C._functorch.get_unwrapped(given)
@@ -265,7 +265,7 @@ def depends(
         rest = iter(flat)
         moved = [tree.map_tree(lambda _: next(rest), part) for part in parts]
         result = function(*map(filled, inputs, moved))
-        return [_bare(leaf.nan_to_num()) for leaf in tree.leaves(floating(result[0] if has_aux else result))]
+        return [bare(leaf.nan_to_num()) for leaf in tree.leaves(floating(result[0] if has_aux else result))]
 
     found = set()
     with torch.no_grad():

@@ -19,6 +19,7 @@ from metaopt.tree import Tree
 from metaopt.tune.derivatives import (
     Pull,
     add,
+    bare,
     dot,
     filled,
     floating,
@@ -26,7 +27,6 @@ from metaopt.tune.derivatives import (
     norm,
     paths,
     refuse_lost_tangents,
-    transformed,
     vanish,
     vjp,
 )
@@ -63,8 +63,7 @@ def implicit(
         tolerance: its relative residual at which to stop (not under ``vmap``).
 
     Raises:
-        ValueError: ``iterations`` < 1; when derivatives are taken outside transforms, a J that is not symmetric where
-            ``symmetric`` says so.
+        ValueError: ``iterations`` < 1; when derivatives are taken, a J that is not symmetric where ``symmetric`` says so.
         MissingGradient: when derivatives are taken, and ``optimality`` depends on x or an argument without having one.
     """
     if iterations < 1:
@@ -112,8 +111,7 @@ class _Problem:
                 return product(u, x, given)
 
             if self.symmetric:
-                if not transformed():
-                    _require_symmetric(matrix, right)
+                _require_symmetric(matrix, right)
                 return conjugate_gradient(matrix, right, self.iterations, self.tolerance)[0]
             adjoint = _pullback(matrix, right, names=["x"])
             return conjugate_gradient(
@@ -181,7 +179,8 @@ def _require_symmetric(matrix: Callable[[Tree], Tree], example: Tree) -> None:
     u, v = (tree.map_tree(lambda leaf: normal(key, leaf.shape, next(streams), leaf.dtype), example) for _ in range(2))
     image = matrix(v)
     rounding = torch.finfo(next(tree.leaves(image)).dtype).eps ** 0.5
-    if bool((dot(u, image) - dot(v, matrix(u))).abs() > rounding * norm(u) * norm(image)):
+    skew = (dot(u, image) - dot(v, matrix(u))).abs() > rounding * norm(u) * norm(image)
+    if bool(bare(skew).any()):
         raise ValueError(
             "the derivative of the optimality function is not symmetric, as that of a gradient is; give implicit "
             "symmetric=False"

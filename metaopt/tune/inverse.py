@@ -17,7 +17,7 @@ from metaopt import tree
 from metaopt.random import uniform
 from metaopt.rule import Params, State
 from metaopt.space import hyper, option
-from metaopt.tune.derivatives import add, depends, flattened, floating, norm, relative, transformed, vjp, zeros
+from metaopt.tune.derivatives import add, bare, depends, flattened, floating, norm, relative, vjp, zeros
 from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer, inner_gradients
 from metaopt.tune.inner import Hypers, Inner, scalar
 from metaopt.tune.linear_solve import Product, conjugate_gradient, largest_eigenvalue, neumann_series
@@ -116,9 +116,9 @@ class Neumann(_Implicit):
     def solve(self, hessian: Product, right: Params) -> tuple[Params, Tensor]:
         """By the series."""
         largest = largest_eigenvalue(hessian, right, self.power_iterations)
-        if self.step and not transformed() and self.step * float(largest) >= 2:
+        if self.step and self.step * (top := float(bare(largest).max())) >= 2:
             raise ValueError(
-                f"step must be below 2 / L = {2 / float(largest):.3g} for the Neumann series to converge, got {self.step:g}; "
+                f"step must be below 2 / L = {2 / top:.3g} for the Neumann series to converge, got {self.step:g}; "
                 f"step=0 takes 1 / L"
             )
         return neumann_series(hessian, right, self.terms, self.step or 1 / torch.where(largest > 0, largest, 1))

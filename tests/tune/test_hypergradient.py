@@ -281,10 +281,19 @@ def test_methods_that_see_the_loss_alone_refuse_hyperparameters_of_the_optimizer
         hypergradient(inner, outer, hypers | {"lr": torch.tensor(0.1, dtype=torch.float64)}, method)
 
 
-def test_neumann_refuses_a_step_that_diverges() -> None:
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_neumann_refuses_a_step_that_diverges(vmapped: bool) -> None:
     problem = PROBLEMS["ridge"]()
+
+    def run(hypers: Hypers) -> Hypers:
+        return gradient_of(problem.inner(2), problem.outer, hypers, "neumann", step=10.0)
+
     with pytest.raises(ValueError, match=r"step must be below 2 / L"):
-        hypergradient(problem.inner(2), problem.outer, problem.hypers, "neumann", step=10.0)
+        _ = (
+            torch.vmap(run)({n: h.expand(2, *h.shape) for n, h in problem.hypers.items()})
+            if vmapped
+            else run(problem.hypers)
+        )
 
 
 def test_what_is_refused_at_the_door() -> None:

@@ -124,3 +124,5 @@ def test_an_equation_that_is_not_symmetric_must_say_so() -> None:
     solve = implicit(lambda x, b: matrix @ x - b, lambda b: torch.linalg.solve(matrix, b))
     with pytest.raises(ValueError, match="is not symmetric, as that of a gradient is; give implicit symmetric=False"):
         solve(draws(4, seed=5).requires_grad_()).sum().backward()
+    with pytest.raises(ValueError, match="is not symmetric"):
+        torch.vmap(torch.func.grad(lambda b: solve(b).sum()))(draws(3, 4, seed=5))
