@@ -51,6 +51,11 @@ def filled(given: Tree, leaves: Tree) -> Tree:
     return leaves
 
 
+def _with_leaves(inputs: Sequence[Tree], leaves: Sequence[Tensor]) -> list[Tree]:
+    rest = iter(leaves)
+    return [filled(given, tree.map_tree(lambda _: next(rest), floating(given))) for given in inputs]
+
+
 def like(given: Tree, leaves: Sequence[Tensor]) -> Tree:
     """A tree of the structure of ``given`` with these leaves."""
     rest = iter(leaves)
@@ -141,7 +146,7 @@ def vjp(
 
     taken = [floating(given) for given in inputs]
     if differentiable or transformed():
-        return _functional_vjp(function, inputs, has_aux, settle)
+        return _functional_vjp(function, inputs, has_aux, lambda i: _paths(taken, names)[i] in known, settle)
     with torch.enable_grad():
         leaves = [tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), part) for part in taken]
         result = function(*map(filled, inputs, leaves))
@@ -167,15 +172,14 @@ def _detached_pair(result: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
 
 
 def _functional_vjp(
-    function: Callable[..., Any], inputs: tuple[Tree, ...], has_aux: bool,
+    function: Callable[..., Any], inputs: tuple[Tree, ...], has_aux: bool, unused: Callable[[int], bool],
     settle: Callable[[Sequence[Tensor | None], int], None],
 ) -> tuple[Any, Pull]:  # fmt: skip
     parts = [floating(given) for given in inputs]
     flat = [leaf for part in parts for leaf in tree.leaves(part)]
 
     def of_leaves(leaves: Sequence[Tensor]) -> Any:
-        rest = iter(leaves)
-        result = function(*map(filled, inputs, [tree.map_tree(lambda _: next(rest), part) for part in parts]))
+        result = function(*_with_leaves(inputs, leaves))
         value, aux = result if has_aux else (result, {})
         return floating(value), (value, aux)
 
@@ -198,7 +202,7 @@ def _functional_vjp(
         (grads,) = pull(cotangent)
         zero = vanish(grads)
         settle(
-            [None if zero[i] and not recorded(i) else grad for i, grad in enumerate(grads)],
+            [None if zero[i] and (unused(i) or not recorded(i)) else grad for i, grad in enumerate(grads)],
             len(list(tree.leaves(parts[0]))),
         )
         rest = iter(grads)
@@ -222,8 +226,7 @@ def refuse_lost_tangents(
         reached: list[bool] = []
 
         def of_leaf(leaf: Tensor) -> Tree:
-            rest = iter([*flat[:i], leaf, *flat[i + 1 :]])
-            value = floating(function(*map(filled, inputs, [tree.map_tree(lambda _: next(rest), p) for p in parts])))
+            value = floating(function(*_with_leaves(inputs, [*flat[:i], leaf, *flat[i + 1 :]])))
             reached.extend(forward_ad.unpack_dual(out, level=0).tangent is not None for out in tree.leaves(value))
             return value
 
@@ -262,9 +265,7 @@ def depends(
     flat = [leaf.detach() for part in parts for leaf in tree.leaves(part)]
 
     def value(flat: Sequence[Tensor]) -> list[Tensor]:
-        rest = iter(flat)
-        moved = [tree.map_tree(lambda _: next(rest), part) for part in parts]
-        result = function(*map(filled, inputs, moved))
+        result = function(*_with_leaves(inputs, flat))
         return [bare(leaf.nan_to_num()) for leaf in tree.leaves(floating(result[0] if has_aux else result))]
 
     found = set()
