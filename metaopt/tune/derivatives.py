@@ -23,12 +23,15 @@ Pull = Callable[[Tree], tuple[Tree, ...]]
 class MissingGradient(RuntimeError):
     """A function depends on the input that is named, but there is no derivative with respect to it."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(
-            f"the result depends on {path} but has no derivative with respect to it: a compiled or fused function without "
-            f"second derivatives, or a detach(), is in the way; give the step a vjp, or use a method that needs no second "
-            f"derivatives (darts, sama, penalty, es)"
+    def __init__(self, path: str, second_order: bool = True) -> None:
+        without = (
+            "a compiled or fused function without second derivatives, or a detach(), is in the way; give the step a vjp, or "
+            "use a method that needs no second derivatives (darts, sama, penalty, es)"
+            if second_order
+            else "a detach(), or an operation that has none, is in the way (of the outer objective, for params and state); use "
+            "es, which needs none"
         )
+        super().__init__(f"the result depends on {path} but has no derivative with respect to it: {without}")
 
 
 def transformed() -> bool:
@@ -141,7 +144,7 @@ def vjp(
         if missing and (second_order or not any(grad is not None for grad in grads[:first])):
             used = depends(function, inputs, names, missing, has_aux)
             if used:
-                raise MissingGradient(min(used))
+                raise MissingGradient(min(used), second_order)
         known.update(missing)
 
     taken = [floating(given) for given in inputs]

@@ -49,7 +49,7 @@ class Evolution(Method):
         else:
             values = torch.vmap(lambda flat: train(flat)[0], chunk_size=self.copies)(points)
         ahead, behind = values.chunk(2)
-        grads = put_back((ahead - behind) @ noise / (2 * self.pairs * self.sigma))
+        grads = put_back((ahead - behind).to(noise.dtype) @ noise / (2 * self.pairs * self.sigma))
         return Hypergradient(value, grads, inner.params(state), state)
 
     def cost(self, facts: Facts) -> Cost:

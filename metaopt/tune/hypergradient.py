@@ -67,6 +67,7 @@ class Hypergradient:
         diagnostics: what a method can say of its own quality (see `Diagnostics`); tensors where computed.
 
             - ``method``: its name; ``why``: why "auto" chose it.
+            - ``moved`` of "fixed_point": how far one more step goes, which it needs small.
             - ``stationarity``: norm of the gradient of the inner loss at ``params``; implicit methods need it small.
             - ``residual``: of the linear system, relative to its right-hand side.
             - ``adjoint_norms``: norms of dF/ds_t from t = T down to 0, between graphs; growth says that the run is chaotic.
@@ -170,8 +171,8 @@ def hypergradient(
         **options: of the method, such as ``window=10`` for "truncated".
 
     Raises:
-        ValueError: an unknown method, hypers that are no floating-point tensors, an outer value that is no scalar, an inner
-            problem that lacks what the method needs.
+        ValueError: an unknown method, hypers that are no floating-point tensors or inside a gradient of `torch.func`, an outer
+            value that is no scalar, an inner problem that lacks what the method needs, hypers that the method cannot see.
         TypeError: an option that the method lacks.
         MissingGradient: a function that depends on an input without having a derivative (see `metaopt.tune.derivatives.vjp`).
     """
@@ -180,6 +181,11 @@ def hypergradient(
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
                 f"hypers must be a dict of floating-point tensors, got {kind}; what is not differentiated belongs into closures"
+            )
+        if torch._C._functorch.is_gradtrackingtensor(leaf):
+            raise ValueError(
+                "a hypergradient has no derivatives itself, so torch.func's grad, vjp and jvp cannot be taken of it; "
+                "that of its value is what .grads holds"
             )
     hypers = tree.detach(hypers)
     why = {}

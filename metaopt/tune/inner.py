@@ -164,6 +164,12 @@ def _of_rule(
 
     def start(hypers: Hypers) -> State:
         params = initial(hypers)
+        for name, param in params.items():
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"parameter {name!r} must be a floating-point tensor, got {param.dtype}; what is not trained belongs into "
+                    f"closures"
+                )
         return {"params": params, "rule": rule.init(params, facts_of(params)), "buffers": buffers()}
 
     def evaluate(params: Params, state: State, hypers: Hypers, t: int) -> tuple[Tensor, Params, Params]:

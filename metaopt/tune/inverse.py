@@ -59,15 +59,32 @@ class _Implicit(Method):
 
 
 def optimizer_hypers(inner: Inner, state: State, hypers: Hypers, unused: set[str]) -> set[str]:
-    """Which of the hypers that the inner loss does not use act on the steps all the same: a learning rate, say."""
-    if not unused or not inner.steps:
+    """Which of the hypers that the inner loss does not use act on the run all the same: a learning rate, or its start."""
+    if not unused:
         return set()
     last = inner.steps - 1
-    return depends(lambda h: inner.step(state, h, last), [hypers], ["hypers"], unused)
+    acting = depends(lambda h: inner.step(state, h, last), [hypers], ["hypers"], unused) if inner.steps else set()
+    return acting | start_hypers(inner, hypers, unused)
+
+
+def start_hypers(inner: Inner, hypers: Hypers, unused: set[str]) -> set[str]:
+    """Which of the hypers that nothing else uses act on the start of the run."""
+    return depends(inner.start, [hypers], ["hypers"], unused) if unused else set()
+
+
+def refuse_start_hypers(inner: Inner, hypers: Hypers, unused: set[str]) -> None:
+    """Refuse those, of which methods that do not go back to the start know nothing: a zero that the run contradicts."""
+    acting = start_hypers(inner, hypers, unused)
+    if acting:
+        raise ValueError(
+            f"{min(acting)} acts on the start of the run, which this method does not see; use one that differentiates the run, "
+            f"such as 'replay', or 'es'"
+        )
 
 
 def refuse_optimizer_hypers(inner: Inner, state: State, hypers: Hypers, unused: set[str]) -> None:
     """Refuse those hypers: their derivative through the inner loss would be a zero that the run contradicts."""
+    refuse_start_hypers(inner, hypers, unused)
     optimizers = optimizer_hypers(inner, state, hypers, unused)
     if optimizers:
         raise ValueError(
@@ -207,10 +224,13 @@ class FixedPoint(Method):
             total = add(total, term)
             (term,) = back(term)
             norms.append(norm(term))
-        _, through = vjp(lambda h: inner.step(state, h, at), hypers, names=["hypers"])
+        unused: set[str] = set()
+        _, through = vjp(lambda h: inner.step(state, h, at), hypers, names=["hypers"], proven=unused)
+        grads = add(direct, *through(total))
+        refuse_start_hypers(inner, hypers, unused)
         moved = norm(add(floating(new), floating(state), -1.0))
-        diagnostics = {"stationarity": moved, "residual": relative(term, right), "adjoint_norms": torch.stack(norms)}
-        return Hypergradient(value, add(direct, *through(total)), inner.params(state), state, diagnostics)
+        diagnostics = {"moved": moved, "residual": relative(term, right), "adjoint_norms": torch.stack(norms)}
+        return Hypergradient(value, grads, inner.params(state), state, diagnostics)
 
     def cost(self, facts: Facts) -> Cost:
         """Training, and adjoints of one graph."""

@@ -83,6 +83,8 @@ class OuterConfig:
         for name in ("steps", "most_runs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a finite number above 0, got {self.lr}; 0.1 is the default")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}; None takes the inner run as it is")
         if self.tolerance is not None and self.method != "auto":

@@ -20,6 +20,7 @@ from metaopt.tree import Tree
 from metaopt.tune.derivatives import add, norm, vjp
 from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
 from metaopt.tune.inner import Hypers, Inner, scalar
+from metaopt.tune.inverse import refuse_start_hypers
 
 
 class Unroll(Method):
@@ -53,7 +54,10 @@ class Truncated(Method):
         if first == 0:
             return _differentiated(inner, outer, hypers, inner.start, 0)
         state = tree.detach(inner.advance(inner.start(hypers), hypers, 0, first))
-        return _differentiated(inner, outer, hypers, lambda _: state, first)
+        unused: set[str] = set()
+        found = _differentiated(inner, outer, hypers, lambda _: state, first, unused)
+        refuse_start_hypers(inner, hypers, unused)
+        return found
 
     def cost(self, facts: Facts) -> Cost:
         """Training, and the graphs of the window."""
@@ -62,13 +66,18 @@ class Truncated(Method):
 
 
 def _differentiated(
-    inner: Inner, outer: Outer, hypers: Hypers, start: Callable[[Hypers], State], first: int
+    inner: Inner,
+    outer: Outer,
+    hypers: Hypers,
+    start: Callable[[Hypers], State],
+    first: int,
+    unused: set[str] | None = None,
 ) -> Hypergradient:
     def run(h: Hypers) -> tuple[Tensor, State]:
         state = inner.advance(start(h), h, first, inner.steps)
         return scalar(outer(inner.params(state), h)), state
 
-    (value, state), pull = vjp(run, hypers, names=["hypers"], has_aux=True)
+    (value, state), pull = vjp(run, hypers, names=["hypers"], has_aux=True, proven=unused)
     (grads,) = pull(torch.ones_like(value))
     return Hypergradient(value, grads, inner.params(state), state)
 

@@ -315,6 +315,9 @@ def test_what_is_refused_at_the_door() -> None:
         hypergradient(inner, outer, hypers, "cg")
     with pytest.raises(TypeError, match="SGD has no hyperparameter 'rate'"):
         Inner.of_rule(loss, SGD(), params, 2, hp=["rate"])
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match=rf"parameter 'n' must be a floating-point tensor, got {dtype}"):
+            hypergradient(Inner.of_rule(loss, SGD(), {"n": torch.ones(2, dtype=dtype)}, 2), outer, hypers)
     with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):
         Inner.of_rule(loss, SGD(), params, -1)
     with pytest.raises(ValueError, match=r"hypers\['lr'\] must be one number or one per step \[2\]"):
@@ -335,6 +338,9 @@ LOST: dict[str, tuple[Any, Any, type[Exception], str]] = {
     ),
     "the hypers": (lambda p, h, _: _fit(p, {"a": h["a"].detach()}, _), _size, MissingGradient, "has no derivative"),
     "the outer objective": (_fit, lambda p, h: _size({"w": p["w"].detach()}, h), MissingGradient, "has no derivative"),
+    "the start": (
+        lambda p, h, _: ((p["w"] - 1) ** 2).sum(), _size, ValueError, r"hypers\['a'\] acts on the start of the run"
+    ),
     "the path of the learning rate": (
         _fit, _size, ValueError, r"hypers\['lr'\] acts on the steps but not on the inner loss"
     ),
@@ -348,17 +354,20 @@ def test_a_lost_gradient_is_refused(method: str, what: str, vmapped: bool) -> No
     """Under vmap, where `torch.func` gives zeros for it, as without."""
     loss, outer, error, message = LOST[what]
     rates = what == "the path of the learning rate"
-    inner = Inner.of_rule(loss, SGD(lr=0.1), {"w": torch.tensor([1.0, 2.0])}, 3, hp=["lr"] if rates else ())
+    params = (lambda h: {"w": h["a"]}) if what == "the start" else {"w": torch.tensor([1.0, 2.0])}
+    inner = Inner.of_rule(loss, SGD(lr=0.1), params, 3, hp=["lr"] if rates else ())
+    options = {"window": 2} if method == "truncated" else {}
 
     def run(a: Tensor) -> Hypers:
-        return gradient_of(inner, outer, {"a": a} | ({"lr": a.mean()} if rates else {}), method)
+        return gradient_of(inner, outer, {"a": a} | ({"lr": a.mean()} if rates else {}), method, **options)
 
     def answer() -> Hypers:
         return torch.vmap(run)(torch.full((2, 2), 0.5)) if vmapped else run(torch.full((2,), 0.5))
 
     if (method == "es" and what != "all of the inner loss") or (
-        rates and method in {*OF_THE_RUN, "truncated", "fixed_point"}
-    ):  # they need none
+        (rates and method in {*OF_THE_RUN, "truncated", "fixed_point"})
+        or (what == "the start" and method in OF_THE_RUN)
+    ):  # they need none, or do not lose it
         assert all(bool((grad != 0).any()) for grad in answer().values())
     else:
         with pytest.raises(error, match=message):
@@ -378,6 +387,32 @@ def test_a_gradient_that_is_zero_is_not_held_for_lost(method: str, vmapped: bool
         torch.vmap(run)(ones.expand(2, 3)) if vmapped else run(ones),
         torch.zeros_like(ones.expand(2, 3) if vmapped else ones),
     )
+
+
+def test_auto_does_not_take_the_optimum_where_the_start_is_a_hyper() -> None:
+    """Fewer samples than parameters: training solves the problem, and the solution depends on where it begins."""
+    x, y = draws(3, 5, seed=1), draws(3, seed=2)
+    inner = Inner.of_rule(lambda p, h, _: ((x @ p["w"] - y) ** 2).mean(), SGD(lr=0.1), lambda h: {"w": h["w"]}, 2000)
+    hypers = {"w": torch.ones(5, dtype=torch.float64)}
+    found, exact = (hypergradient(inner, lambda p, h: (p["w"] ** 2).sum(), hypers, m, **o) for m, o in (
+        ("auto", {"memory": 20000}), ("unroll", {})
+    ))  # fmt: skip
+    assert found.diagnostics["method"] not in ("unroll", "cg")
+    torch.testing.assert_close(found.grads["w"], exact.grads["w"])
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
+def test_a_hypergradient_has_no_derivatives_itself(transform: Any) -> None:
+    inner = Inner.of_rule(_fit, SGD(lr=0.1), {"w": torch.ones(2)}, 2)
+    with pytest.raises(ValueError, match=r"cannot be taken of it; that of its value is what \.grads holds"):
+        transform(lambda a: hypergradient(inner, _size, {"a": a}, "unroll").value)(torch.ones(2))
+
+
+def test_hypers_and_losses_of_two_dtypes() -> None:
+    inner = Inner.of_rule(_fit, SGD(lr=0.1), {"w": torch.ones(2)}, 2)
+    for method in METHODS:
+        grad = gradient_of(inner, _size, {"a": torch.ones(2, dtype=torch.float64)}, method)["a"]
+        assert grad.dtype == torch.float64 and bool((grad != 0).all())
 
 
 @pytest.mark.parametrize("start", [lambda own: own, lambda own: lambda hypers: own], ids=["given", "function"])

@@ -202,6 +202,7 @@ def test_a_run_that_diverges_says_so() -> None:
     [
         ({"start": "hot"}, "start must be one of cold, warm, got 'hot'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": float("nan")}, "lr must be a finite number above 0, got nan"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
         (
             {"tolerance": 0.1, "method": "replay"},
