@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import itertools
 import json
 import logging
-import math
 import os
 import random
 import statistics
@@ -38,6 +36,7 @@ import torch
 from report import machine
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -319,8 +318,7 @@ def peak(run: Callable[[], object]) -> int | None:
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
     """Between the k-th smallest and the k-th largest, k as large as 95 % allow: whatever the distribution is."""
-    below = itertools.accumulate(math.comb(len(values), k) / 2 ** len(values) for k in range(len(values)))
-    k = max(sum(chance <= 0.025 for chance in below) - 1, 0)
+    k = max(int(stats.binom.ppf(0.025, len(values), 0.5)) - 1, 0)
     ordered = sorted(values)
     return ordered[k], ordered[-1 - k]
 

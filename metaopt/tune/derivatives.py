@@ -137,19 +137,21 @@ def vjp(
         MissingGradient: by the pullback: an input has no derivative and is not unused.
     """
     known = set() if proven is None else proven
+    taken = [floating(given) for given in inputs]
+    named, of_first = _paths(taken, names), set(_paths(taken[:1], names[:1]))
 
-    def settle(grads: Sequence[Tensor | None], first: int) -> None:
+    def settle(grads: Sequence[Tensor | None]) -> None:
         """Refuse what is missing, unless it is proven to be unused."""
-        missing = {path for path, grad in zip(_paths(taken, names), grads, strict=True) if grad is None} - known
-        if missing and (second_order or not any(grad is not None for grad in grads[:first])):
+        lacking = {path for path, grad in zip(named, grads, strict=True) if grad is None}
+        missing = lacking - known
+        if missing and (second_order or of_first <= lacking):
             used = depends(function, inputs, names, missing, has_aux)
             if used:
                 raise MissingGradient(min(used), second_order)
         known.update(missing)
 
-    taken = [floating(given) for given in inputs]
     if differentiable or transformed():
-        return _functional_vjp(function, inputs, has_aux, lambda i: _paths(taken, names)[i] in known, settle)
+        return _functional_vjp(function, inputs, has_aux, lambda i: named[i] in known, settle)
     with torch.enable_grad():
         leaves = [tree.map_tree(lambda leaf: leaf.detach().requires_grad_(), part) for part in taken]
         result = function(*map(filled, inputs, leaves))
@@ -163,7 +165,7 @@ def vjp(
         if recorded and flat:
             outputs, bars = zip(*recorded, strict=True)
             found = torch.autograd.grad(outputs, flat, bars, retain_graph=repeated, allow_unused=True)
-        settle(found, len(list(tree.leaves(leaves[0]))))
+        settle(found)
         grads = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(flat, found, strict=True)])
         return tuple(tree.map_tree(lambda _: next(grads), part) for part in leaves)
 
@@ -176,7 +178,7 @@ def _detached_pair(result: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
 
 def _functional_vjp(
     function: Callable[..., Any], inputs: tuple[Tree, ...], has_aux: bool, unused: Callable[[int], bool],
-    settle: Callable[[Sequence[Tensor | None], int], None],
+    settle: Callable[[Sequence[Tensor | None]], None],
 ) -> tuple[Any, Pull]:  # fmt: skip
     parts = [floating(given) for given in inputs]
     flat = [leaf for part in parts for leaf in tree.leaves(part)]
@@ -204,10 +206,7 @@ def _functional_vjp(
     def checked(cotangent: Tree) -> tuple[Tree, ...]:
         (grads,) = pull(cotangent)
         zero = vanish(grads)
-        settle(
-            [None if zero[i] and (unused(i) or not recorded(i)) else grad for i, grad in enumerate(grads)],
-            len(list(tree.leaves(parts[0]))),
-        )
+        settle([None if zero[i] and (unused(i) or not recorded(i)) else grad for i, grad in enumerate(grads)])
         rest = iter(grads)
         return tuple(tree.map_tree(lambda _: next(rest), part) for part in parts)
 
@@ -215,12 +214,12 @@ def _functional_vjp(
 
 
 def refuse_lost_tangents(
-    function: Callable[..., Tree], inputs: Sequence[Tree], names: Sequence[str], among: set[str]
+    function: Callable[..., Tree], inputs: Sequence[Tree], names: Sequence[str], suspects: Sequence[bool]
 ) -> None:
     """Refuse what acts on the value while its tangents do not reach it: forward mode gives zeros there.
 
     Raises:
-        MissingGradient: naming the first of the inputs ``among`` (named as by `vjp`) of which that is so.
+        MissingGradient: naming the first of the ``suspects`` (one bool per floating-point leaf) of which that is so.
     """
     parts = [floating(given) for given in inputs]
     flat = [leaf for part in parts for leaf in tree.leaves(part)]
@@ -237,7 +236,7 @@ def refuse_lost_tangents(
             torch.func.jvp(of_leaf, (flat[i],), (torch.ones_like(flat[i]),))
         return not any(reached)
 
-    missing = {path for i, path in enumerate(_paths(parts, names)) if path in among and lost(i)}
+    missing = {path for i, path in enumerate(_paths(parts, names)) if suspects[i] and lost(i)}
     used = depends(function, inputs, names, missing) if missing else set()
     if used:
         raise MissingGradient(min(used))

@@ -10,7 +10,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.rule import State
 from metaopt.space import option
-from metaopt.tune.derivatives import flattened, paths, refuse_lost_tangents, vanish
+from metaopt.tune.derivatives import flattened, refuse_lost_tangents, vanish
 from metaopt.tune.hypergradient import Cost, Facts, Hypergradient, Method, Outer
 from metaopt.tune.inner import Hypers, Inner, scalar
 
@@ -43,8 +43,7 @@ class Forward(Method):
         with torch.enable_grad():  # nothing is recorded, but square roots then have a derivative at zero
             slopes = torch.vmap(slope, chunk_size=self.chunk)(units)
         grads = put_back(slopes.detach())
-        zero = zip(paths(hypers, "hypers"), vanish(list(tree.leaves(grads))), strict=True)
-        refuse_lost_tangents(lambda h: whole(h)[0], [hypers], ["hypers"], {path for path, is_zero in zero if is_zero})
+        refuse_lost_tangents(lambda h: whole(h)[0], [hypers], ["hypers"], vanish(list(tree.leaves(grads))))
         return Hypergradient(value, grads, inner.params(state), state)
 
     def cost(self, facts: Facts) -> Cost:

@@ -25,7 +25,6 @@ from metaopt.tune.derivatives import (
     floating,
     like,
     norm,
-    paths,
     refuse_lost_tangents,
     vanish,
     vjp,
@@ -165,10 +164,8 @@ class _Solution(torch.autograd.Function):
         found: Any = torch.func.jvp(residual, parts, slopes)
         right = found[1]
         if all(vanish(list(tree.leaves(right)))):
-            named = [path for part, name in zip(slopes, _names(slopes), strict=True) for path in paths(part, name)]
             still = vanish([leaf for part in slopes for leaf in tree.leaves(part)])
-            among = {path for path, is_still in zip(named, still, strict=True) if not is_still}
-            refuse_lost_tangents(residual, parts, _names(parts), among)
+            refuse_lost_tangents(residual, parts, _names(parts), [not zero for zero in still])
         return tuple(tree.leaves(problem.linear(x, arguments, tree.map_tree(torch.neg, right), transposed=False)))
 
 

@@ -97,8 +97,8 @@ class Inner:
             return loss(p, hypers, full_batch if batches is None else batches(t)), buffers
 
         whole = None if batches is not None and full_batch is None else lambda p, hypers: loss(p, hypers, full_batch)
-        fixed = {} if callable(params) else tree.detach(params)  # a model's own would have whole runs recorded
-        start = params if callable(params) else lambda hypers: fixed
+        # detached: a model's own would have whole runs recorded
+        start = params if callable(params) else lambda hypers: tree.detach(params)
         return _of_rule(training_loss, resolve_rule(rule), start, lambda: {}, None, steps, hp, whole)
 
     @classmethod

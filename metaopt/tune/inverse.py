@@ -59,12 +59,11 @@ class _Implicit(Method):
 
 
 def optimizer_hypers(inner: Inner, state: State, hypers: Hypers, unused: set[str]) -> set[str]:
-    """Which of the hypers that the inner loss does not use act on the run all the same: a learning rate, or its start."""
-    if not unused:
+    """Which of the hypers that the inner loss does not use act on the steps all the same: a learning rate, say."""
+    if not unused or not inner.steps:
         return set()
     last = inner.steps - 1
-    acting = depends(lambda h: inner.step(state, h, last), [hypers], ["hypers"], unused) if inner.steps else set()
-    return acting | start_hypers(inner, hypers, unused)
+    return depends(lambda h: inner.step(state, h, last), [hypers], ["hypers"], unused)
 
 
 def start_hypers(inner: Inner, hypers: Hypers, unused: set[str]) -> set[str]:

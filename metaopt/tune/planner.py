@@ -16,7 +16,7 @@ from metaopt.tune.derivatives import MissingGradient, filled, floating, norm, tr
 from metaopt.tune.first_order import loss_by_hypers
 from metaopt.tune.hypergradient import METHODS, Cost, Facts, Method, Outer, inner_gradients, require
 from metaopt.tune.inner import Hypers, Inner
-from metaopt.tune.inverse import optimizer_hypers
+from metaopt.tune.inverse import optimizer_hypers, start_hypers
 
 DEFAULT_MEMORY = 2.0**31
 """Bytes for "auto" and `plan`; the same everywhere, so that a choice does not depend on the machine."""
@@ -189,12 +189,12 @@ def _forward_obstacle(inner: Inner, hypers: Hypers) -> str:
 
 
 def _all_in_loss(inner: Inner, hypers: Hypers) -> bool:
-    """Whether the inner loss is stated and no hyper acts on the steps alone, as a learning rate does."""
+    """Whether the inner loss is stated and no hyper acts on the start or the steps alone, as a learning rate does."""
     if inner.loss is None:
         return False
     state, unused = inner.start(hypers), set[str]()
     loss_by_hypers(inner, inner.params(state), hypers, unused)
-    return not optimizer_hypers(inner, state, hypers, unused)
+    return not (start_hypers(inner, hypers, unused) or optimizer_hypers(inner, state, hypers, unused))
 
 
 def _solved(inner: Inner, hypers: Hypers) -> Inner | None:
@@ -209,7 +209,9 @@ def _solved(inner: Inner, hypers: Hypers) -> Inner | None:
     unused: set[str] = set()
     gradients, pull = vjp(lambda h: inner_gradients(inner, params, h), hypers, names=["hypers"], proven=unused)
     pull(gradients)
-    if bool(norm(gradients) > _STATIONARY * before) or optimizer_hypers(inner, state, hypers, unused):
+    if bool(norm(gradients) > _STATIONARY * before):
+        return None
+    if start_hypers(inner, hypers, unused) or optimizer_hypers(inner, state, hypers, unused):
         return None
     return replace(inner, start=lambda _: state, steps=0)
 
